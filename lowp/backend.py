@@ -1,0 +1,138 @@
+"""Which kernel runs an op, and why the others were refused."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from lowp import native
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device type -> what is tried, best first
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run here; ``reason`` says why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for, or any but the reference under LOWP_STRICT=1, cannot run."""
+
+
+def _cuda_reason() -> str:
+    return "lowp was built without CUDA kernels"
+
+
+def _triton_reason() -> str:
+    return "lowp has no Triton kernels in this version"
+
+
+def _reason(name: str) -> str:
+    """Why ``name`` cannot run on this machine; empty where it can."""
+    if name == "cpu":
+        return native.cpu_refusal
+    if name == "cuda":
+        return _cuda_reason()
+    if name == "triton":
+        return _triton_reason()
+    return ""
+
+
+def status() -> list[BackendStatus]:
+    """Every backend with the reason of each refusal."""
+    return [BackendStatus(name, not _reason(name), _reason(name)) for name in BACKENDS]
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = _reason(name)
+    if reason:
+        raise BackendError(f"{source}: backend {name!r} cannot run here: {reason}")
+    return name
+
+
+_forced: list[str] = []
+_warned: set[str] = set()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block, forward and backward, on one backend.
+
+    The choice holds for the whole process, as backward passes run on threads of their own.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: no such backend.
+        BackendError: the backend cannot run here; the message says why.
+    """
+    _forced.append(_checked(name, "lowp.backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced() -> str | None:
+    """The backend that :func:`backend` or ``LOWP_BACKEND`` asks for."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("LOWP_BACKEND")
+    return _checked(name, "LOWP_BACKEND") if name else None
+
+
+class Choice(NamedTuple):
+    """The backend that runs an op, and those before it with the reason of refusal."""
+
+    name: str
+    refused: list[tuple[str, str]]
+
+
+def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
+    """The backend for ``op`` on ``device`` among those that it ``has`` a kernel for.
+
+    Raises:
+        BackendError: what was asked for cannot run, or only the reference is left and
+            ``LOWP_STRICT=1``.
+    """
+    implemented = tuple(has)
+    wanted = forced()
+    if wanted is not None:
+        if wanted not in implemented:
+            raise BackendError(f"lowp::{op}: no {wanted} kernel; it has {', '.join(implemented)}")
+        if wanted == "cpu" and device.type != "cpu":
+            raise BackendError(f"lowp::{op}: backend 'cpu' was asked for a {device.type} tensor")
+        return Choice(wanted, [])
+    refused = []
+    for name in ORDER.get(device.type, ("triton",)):
+        reason = _reason(name) or ("" if name in implemented else f"{op} has no {name} kernel")
+        if not reason:
+            return Choice(name, refused)
+        refused.append((name, reason))
+    return Choice("reference", refused)
+
+
+def select(op: str, device: torch.device, has: Iterable[str]) -> str:
+    """As :func:`choose`, and a fall back to the reference is said once, or forbidden."""
+    choice = choose(op, device, has)
+    if choice.name == "reference" and choice.refused:
+        why = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+        if os.environ.get("LOWP_STRICT") == "1":
+            raise BackendError(f"lowp::{op}: LOWP_STRICT=1 forbids the reference. {why}")
+        if op not in _warned:
+            _warned.add(op)
+            warnings.warn(f"lowp::{op} runs on the slow reference. {why}", RuntimeWarning,
+                          stacklevel=3)
+    return choice.name

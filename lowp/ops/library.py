@@ -1,0 +1,110 @@
+"""How an op is registered with torch: schema, checks, fake, and one kernel a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowp.backend import select
+
+LIBRARY = torch.library.Library("lowp", "DEF")
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/kernel.h: Float
+GRANULARITIES = {"tensor": 0, "row": 1, "column": 2, "block": 3}  # csrc/kernel.h: Granularity
+ROUNDINGS = {"nearest": 0, "stochastic": 1}  # csrc/kernel.h: Rounding
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Op:
+    """One op. Decorate its functions with :meth:`check`, :meth:`fake` and :meth:`kernel`.
+
+    Args:
+        schema: ``name(arguments) -> results`` in the language of ``torch.library``.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.name = schema.split("(")[0].strip()
+        self.schema = schema
+        self.kernels: dict[str, Callable[..., Any]] = {}
+        self._check: Callable[..., None] = lambda *args: None
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        self._overload = getattr(torch.ops.lowp, self.name).default
+        OPS[self.name] = self
+
+    def check(self, function: Function) -> Function:
+        """Raises for arguments that the op does not take; runs before every kernel and fake."""
+        self._check = function
+        return function
+
+    def fake(self, function: Function) -> Function:
+        """Shapes and dtypes of the results, without data."""
+
+        def checked(*args: Any) -> Any:
+            self._check(*args)
+            return function(*args)
+
+        torch.library.register_fake(f"lowp::{self.name}", checked, lib=LIBRARY)
+        return function
+
+    def kernel(self, name: str) -> Callable[[Function], Function]:
+        """What runs the op on backend ``name``; the arguments were checked."""
+
+        def register(function: Function) -> Function:
+            self.kernels[name] = function
+            return function
+
+        return register
+
+    def _run(self, *args: Any) -> Any:
+        self._check(*args)
+        return self.kernels[select(self.name, _device(args), self.kernels)](*args)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    for value in args:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return value[0].device
+    return torch.device("cpu")
+
+
+OPS: dict[str, Op] = {}
+"""Every op by its name."""
+
+
+def require_float(op: str, argument: str, x: Tensor) -> None:
+    """TypeError unless ``x`` is fp32, bf16 or fp16."""
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"lowp::{op}: {argument} must be float32, bfloat16 or float16, got {x.dtype}"
+        )
+
+
+def require_choice(op: str, argument: str, value: str, choices: dict[str, int]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(
+            f"lowp::{op}: {argument} must be one of {', '.join(choices)}, got {value!r}"
+        )
+
+
+def require_float_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
+    """TypeError unless ``dtype`` is a float type that the kernels write."""
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"lowp::{op}: {argument} must be float32, bfloat16 or float16, got {dtype}"
+        )
+
+
+def rows_cols(x: Tensor) -> tuple[int, int]:
+    """``x`` as a matrix: all leading dimensions are rows."""
+    return x.shape[:-1].numel(), x.shape[-1]

@@ -1,0 +1,156 @@
+"""Which precision each of a linear layer's three matrix products runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_BITS = {32: "fp32", 16: "fp16", 8: "int8"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of an int8 product is quantized.
+
+    Attributes:
+        granularity: ``"row"``, one scale a vector along the contraction axis (a token of the
+            input, an output or input channel of the weight), or ``"tensor"``, one scale for all.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+    """
+
+    granularity: str = "row"
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("row", "tensor"):
+            raise ValueError(
+                "lowp.Operand: granularity must be 'row' or 'tensor' (a scale must be constant "
+                f"along the contraction axis), got {self.granularity!r}"
+            )
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(
+                f"lowp.Operand: rounding must be 'nearest' or 'stochastic', got {self.rounding!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product: its precision, and for int8 how its two operands are quantized.
+
+    Attributes:
+        precision: ``"fp32"`` (operands as they come), ``"fp16"``, ``"bf16"`` or ``"int8"``.
+        left: the input (output), or the gradient of the output (the two gradients).
+        right: the weight (output, grad_input), or the input (grad_weight).
+    """
+
+    precision: str = "fp32"
+    left: Operand = Operand()
+    right: Operand = Operand()
+
+    def __post_init__(self) -> None:
+        if self.precision not in (*DTYPES, "int8"):
+            raise ValueError(
+                f"lowp.Product: precision must be fp32, fp16, bf16 or int8, got {self.precision!r}"
+            )
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the operands are quantized to int8 codes."""
+        return self.precision == "int8"
+
+
+_GRADIENT = Operand(rounding="stochastic")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The precision of ``y = x wᵀ``, ``dx = dy w`` and ``dw = dyᵀ x``.
+
+    A string stands for a :class:`Product` of that precision with its default operands: nearest for
+    inputs and weights, stochastic for gradients, whose rounding errors would otherwise accumulate
+    as a bias (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, section 3).
+
+    Attributes:
+        output, grad_input, grad_weight: the three products.
+        seed: seed of the stochastic roundings.
+    """
+
+    output: Product | str = "fp32"
+    grad_input: Product | str = "fp32"
+    grad_weight: Product | str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("output", "grad_input", "grad_weight"):
+            value = getattr(self, field)
+            if isinstance(value, str):
+                left = Operand() if field == "output" else _GRADIENT
+                object.__setattr__(self, field, Product(value, left))
+            elif not isinstance(value, Product):
+                raise TypeError(
+                    f"lowp.Recipe: {field} must be a precision name or a Product, "
+                    f"got {type(value).__name__}"
+                )
+
+    def product(self, field: str) -> Product:
+        """The product named ``"output"``, ``"grad_input"`` or ``"grad_weight"``."""
+        value = getattr(self, field)
+        assert isinstance(value, Product)
+        return value
+
+    @property
+    def uses_int8(self) -> bool:
+        """Whether any product is quantized; such a layer has no second derivative."""
+        return any(self.product(f).is_int8 for f in ("output", "grad_input", "grad_weight"))
+
+    @property
+    def name(self) -> str:
+        """The name of a named recipe, else the three precisions."""
+        for name, recipe in RECIPES.items():
+            if (self.output, self.grad_input, self.grad_weight) == (
+                recipe.output, recipe.grad_input, recipe.grad_weight,
+            ):
+                return name
+        fields = ("output", "grad_input", "grad_weight")
+        return "/".join(self.product(f).precision for f in fields)
+
+
+RECIPES = {
+    "fp32": Recipe("fp32", "fp32", "fp32"),
+    "fp16": Recipe("fp16", "fp16", "fp16"),
+    "bf16": Recipe("bf16", "bf16", "bf16"),
+    "int8": Recipe("int8", "int8", "bf16"),
+    "int8_full": Recipe("int8", "int8", "int8"),
+}
+"""``int8`` keeps the weight gradient in 16 bits, the product that tolerates int8 least (Wortsman et
+al., "Stable and low-precision training", NeurIPS 2023, section 2: SwitchBack)."""
+
+
+def recipe_of(precision: str | int | Recipe) -> Recipe:
+    """The recipe that ``precision`` names.
+
+    Args:
+        precision: a name (``fp32 fp16 bf16 int8 int8_full``), bits (32, 16 for fp16, 8), or a recipe.
+
+    Raises:
+        ValueError: an unknown name or number. TypeError: another type.
+    """
+    if isinstance(precision, Recipe):
+        return precision
+    if isinstance(precision, int) and not isinstance(precision, bool):
+        name = _BITS.get(precision, str(precision))
+    elif isinstance(precision, str):
+        name = precision
+    else:
+        raise TypeError(
+            "lowp: precision must be a name, 32, 16, 8 or a lowp.Recipe, "
+            f"got {type(precision).__name__}"
+        )
+    if name not in RECIPES:
+        raise ValueError(
+            f"lowp: precision must be one of {', '.join(RECIPES)}, 32, 16, 8 or a lowp.Recipe, "
+            f"got {precision!r}"
+        )
+    return RECIPES[name]

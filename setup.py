@@ -1,0 +1,163 @@
+"""Builds lowp's CPU kernels: every kernel once per instruction set, with ninja; torch is not needed.
+
+Environment
+    LOWP_REQUIRE_NATIVE=1   a failed native build fails the install (else: pure Python, said loudly)
+    CXX                     the C++17 compiler, default: the first of c++, g++, clang++ on PATH
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+COMMON_FLAGS = (
+    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra "
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+).split()
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": (
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
+        "-mavx512bf16 -mprefer-vector-width=512"
+    ).split(),
+}
+
+
+def source_hash() -> str:
+    """Hash over csrc/: embedded in the binary, so that a stale one can be told."""
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.rglob("*")):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.relative_to(CSRC).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_compiler() -> str:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in candidates:
+        if shutil.which(name.split()[0]):
+            return name
+    raise CompileError(f"no C++ compiler found (looked for {', '.join(candidates)})")
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        beside = Path(ninja.BIN_DIR) / "ninja"
+        if beside.exists():
+            return str(beside)
+    except ImportError:
+        pass
+    on_path = shutil.which("ninja")
+    if on_path is None:
+        raise CompileError("ninja not found")
+    return on_path
+
+
+def quoted(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuild(build_ext):
+    """Compiles csrc/ with ninja. A failure leaves a pure Python install, unless it is forbidden."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        record = target.parent / "_build.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.compile(target)
+        except Exception as error:
+            target.unlink(missing_ok=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if os.environ.get("LOWP_REQUIRE_NATIVE") == "1":
+                raise CompileError(f"LOWP_REQUIRE_NATIVE=1 and the build failed: {reason}") from error
+            record.write_text(json.dumps({"native": False, "reason": reason}) + "\n")
+            self.keep_in_source(record)
+            print(f"\n*** lowp: NATIVE KERNELS NOT BUILT, installing pure Python: {reason} ***\n",
+                  file=sys.stderr, flush=True)
+        else:
+            record.write_text(json.dumps({"native": True, "reason": ""}) + "\n")
+            self.keep_in_source(record)
+
+    def keep_in_source(self, record: Path) -> None:
+        """An editable install reads the record from the source tree, as it does the binary."""
+        if self.editable_mode or self.inplace:
+            source = ROOT / "lowp" / record.name
+            if source != record:
+                shutil.copyfile(record, source)
+
+    def compile(self, target: Path) -> None:
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            raise CompileError(f"the CPU kernels are written for x86-64, not {platform.machine()}")
+        if sys.platform == "win32":
+            raise CompileError("the native build needs GCC or Clang, which Windows lacks by default")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(self.ninja_file(target))
+        done = subprocess.run([find_ninja(), "-C", str(build)], capture_output=True, text=True)
+        if done.returncode != 0:
+            log = (done.stdout + done.stderr).strip()
+            sys.stderr.write(log + "\n")
+            first = next((line for line in log.splitlines() if "error" in line.lower()), log[-300:])
+            raise CompileError(f"compilation failed: {first}")
+
+    def ninja_file(self, target: Path) -> str:
+        import pybind11
+
+        includes = [CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+        compiler = find_compiler()
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
+        name = version.stdout.splitlines()[0] if version.stdout else compiler
+        lines = [
+            f"cxx = {compiler}",
+            f"flags = {' '.join(COMMON_FLAGS)} " + " ".join(f"-I{quoted(i)}" for i in includes),
+            "rule compile",
+            "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "rule link",
+            "  command = $cxx -shared -fopenmp -s $in -o $out",
+        ]
+        objects = []
+
+        def add(source: Path, stem: str, extra: str) -> None:
+            objects.append(f"{stem}.o")
+            lines.append(f"build {stem}.o: compile {quoted(source)}")
+            lines.append(f"  extra = {extra}")
+
+        about = f"-DLOWP_SOURCE_HASH='\"{source_hash()}\"' -DLOWP_COMPILER='\"{name}\"'"
+        add(CSRC / "bindings.cpp", "bindings", about)
+        add(CSRC / "isa.cpp", "isa", "")
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            for isa, isa_flags in ISA_FLAGS.items():
+                extra = " ".join([f"-DLOWP_ISA={isa}", *isa_flags])
+                add(source, f"{source.stem}.{isa}", extra)
+        lines.append(f"build {quoted(target)}: link {' '.join(objects)}")
+        lines.append(f"default {quoted(target)}")
+        return "\n".join(lines) + "\n"
+
+
+setup(
+    packages=[*find_packages(include=["lowp", "lowp.*"]), "lowp.kernels"],
+    package_dir={"lowp": "lowp", "lowp.kernels": "kernels"},
+    ext_modules=[Extension("lowp._cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,52 @@
+"""Fixtures every test file shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowp import native
+from lowp.key import clock
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+def pytest_sessionstart() -> None:
+    """A suite that silently tested the reference against itself would prove nothing."""
+    if os.environ.get("LOWP_REQUIRE_NATIVE") == "1" and native.cpu is None:
+        pytest.exit(f"LOWP_REQUIRE_NATIVE=1, but {native.cpu_refusal}", returncode=3)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this CPU runs, forced."""
+    extension = native.cpu_extension()
+    best = extension.best_isa()
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this CPU runs instruction sets up to {best}")
+    before = extension.isa()
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa(before)
+
+
+@pytest.fixture(params=(1, 2, 3))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Thread counts, an odd one among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Every test starts with the same seed and clock, and leaves the clock as it found it."""
+    torch.manual_seed(0)
+    step = clock.step
+    clock.set(1)
+    yield
+    clock.step = step
