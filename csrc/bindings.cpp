@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "activation_grad.h"
 #include "dequantize.h"
 #include "isa.h"
+#include "linear.h"
 #include "quantize.h"
+#include "scaled_mm.h"
 
 namespace py = pybind11;
 using namespace lowp;
@@ -32,6 +35,65 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<PhiloxKey>(m, "PhiloxKey")
       .def(py::init<uint64_t, uint32_t, uint32_t, uint32_t>(), py::arg("seed"), py::arg("step"),
            py::arg("tensor"), py::arg("role"));
+
+  py::class_<Operand>(m, "Operand")
+      .def(py::init([](uintptr_t data, int type, int64_t row_stride, int64_t k_stride) {
+        return Operand{pointer<const void>(data), Float(type), row_stride, k_stride};
+      }));
+
+  py::class_<Epilogue>(m, "Epilogue")
+      .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
+                       uintptr_t preact, int preact_type) {
+        return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
+                        pointer<void>(y), Float(y_type), pointer<void>(preact),
+                        Float(preact_type)};
+      }));
+
+  m.def(
+      "product",
+      [](const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
+         const Epilogue& epilogue, int threads) {
+        cpu::product({a, b, M, N, K, epilogue, threads});
+      },
+      Release());
+
+  m.def(
+      "scaled_mm",
+      [](uintptr_t a, int64_t a_row_stride, int64_t a_k_stride, uintptr_t b, int64_t b_row_stride,
+         int64_t b_k_stride, int64_t M, int64_t N, int64_t K, uintptr_t row_scale,
+         int64_t row_scale_stride, uintptr_t col_scale, int64_t col_scale_stride,
+         const Epilogue& epilogue, int threads) {
+        cpu::scaled_mm({pointer<const int8_t>(a), a_row_stride, a_k_stride,
+                        pointer<const int8_t>(b), b_row_stride, b_k_stride, M, N, K,
+                        pointer<const float>(row_scale), row_scale_stride,
+                        pointer<const float>(col_scale), col_scale_stride, epilogue, threads});
+      },
+      Release());
+
+  m.def(
+      "linear_epilogue",
+      [](uintptr_t sums, int64_t M, int64_t N, const Epilogue& epilogue, int threads) {
+        cpu::linear_epilogue({pointer<const float>(sums), M, N, epilogue, threads});
+      },
+      Release());
+
+  m.def(
+      "column_sums",
+      [](uintptr_t x, int x_type, int64_t M, int64_t N, uintptr_t sums, int threads) {
+        cpu::column_sums({pointer<const void>(x), Float(x_type), M, N, pointer<float>(sums),
+                          threads});
+      },
+      Release());
+
+  m.def(
+      "activation_grad",
+      [](uintptr_t dy, int dy_type, uintptr_t preact, int preact_type, int64_t numel,
+         int activation, uintptr_t dz, int threads) {
+        cpu::activation_grad({pointer<const void>(dy), Float(dy_type),
+                              pointer<const void>(preact), Float(preact_type), numel,
+                              Activation(activation), pointer<void>(dz), threads});
+      },
+      Release());
 
   m.def(
       "quantize",

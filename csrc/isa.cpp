@@ -3,6 +3,10 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <stdexcept>
@@ -29,6 +33,16 @@ bool cpuid7_edx(int bit) {
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && ((d >> bit) & 1u);
 }
 
+// The kernel lends a process the 8 KB of tile registers only when asked.
+bool amx_granted() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2), XSAVE component
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::atomic<Isa>& current() {
   static std::atomic<Isa> value{[] {
     const char* wanted = getenv("LOWP_CPU_ISA");
@@ -46,14 +60,15 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(isa)];
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("instruction set: expected baseline, avx2 or avx512, got '" + name + "'");
+  throw std::invalid_argument("instruction set: expected baseline, avx2, avx512 or amx, got '" + name + "'");
 }
 
 std::vector<std::string> cpu_features() {
@@ -86,7 +101,9 @@ Isa best_isa() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512bf16");
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+  static const bool amx =
+      avx512 && cpuid7_edx(22) && cpuid7_edx(24) && cpuid7_edx(25) && amx_granted();
+  return amx ? Isa::amx : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 }
 
 Isa isa() { return current().load(std::memory_order_relaxed); }

@@ -4,7 +4,8 @@
 
 namespace lowp {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+// amx: the AVX-512 kernels, whose products use AMX tiles
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 namespace cpu {
 Isa isa();           // what runs now
@@ -26,6 +27,7 @@ enum class Rounding : int { nearest = 0, stochastic = 1 };
   namespace cpu {                                \
   inline void name(const Args& args) {           \
     switch (isa()) {                             \
+      case Isa::amx:                               \
       case Isa::avx512: return avx512::name(args); \
       case Isa::avx2: return avx2::name(args);     \
       default: return baseline::name(args);        \

@@ -11,7 +11,7 @@ import torch
 from lowp import native
 from lowp.key import clock
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "amx")
 
 
 def pytest_sessionstart() -> None:
@@ -20,16 +20,26 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"LOWP_REQUIRE_NATIVE=1, but {native.cpu_refusal}", returncode=3)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ISAS[:3])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this CPU runs, forced."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def product_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same with AMX, which only the products use."""
+    yield from _forced(request.param)
+
+
+def _forced(name: str) -> Iterator[str]:
     extension = native.cpu_extension()
     best = extension.best_isa()
-    if ISAS.index(request.param) > ISAS.index(best):
+    if ISAS.index(name) > ISAS.index(best):
         pytest.skip(f"this CPU runs instruction sets up to {best}")
     before = extension.isa()
-    extension.set_isa(request.param)
-    yield request.param
+    extension.set_isa(name)
+    yield name
     extension.set_isa(before)
 
 

@@ -1,0 +1,127 @@
+// A product of float operands, the epilogue on a block of sums while it is in cache. fp16 and fp32 are
+// multiplied as fp32, so fp16 runs at the speed of fp32 on any machine; bf16 by the CPU's own bf16
+// instructions where it has them (they take subnormal operands for 0).
+#include "linear.h"
+
+#include "cpu/amx.h"
+#include "cpu/epilogue.h"
+#include "cpu/panels.h"
+
+namespace lowp {
+namespace LOWP_ISA {
+namespace {
+
+struct Fp32Math {
+  using Sum = Vec;
+  static constexpr int kValues = 1;
+  static Sum zero() { return LOWP_ISA::zero(); }
+  static Sum load_sum(const float* p) { return load(p); }
+  static void store_sum(float* p, Sum s) { store(p, s); }
+  static Sum add(Sum a, Sum b) { return LOWP_ISA::add(a, b); }
+  static Sum multiply_add(Vec a, Vec b, Sum s) { return LOWP_ISA::multiply_add(a, b, s); }
+
+  static void pack_row(const Operand& x, int64_t at, int values, float* out) {
+    load_floats(x.data, x.type, at, values, out);
+  }
+  static void pack_across(const Operand& x, int64_t at, int64_t, int rows, int, float* out) {
+    load_floats(x.data, x.type, at, rows, out);
+  }
+  static void prepare_a(float*, int) {}
+  static void add_offsets(const float*, int, int32_t*) {}
+  static void begin_thread() {}
+  static void end_thread() {}
+  static bool multiply_column(const float*, const float*, int, int, bool, float*) { return false; }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16Math : Fp32Math {
+  static constexpr int kValues = 2;
+  static Sum multiply_add(Vec a, Vec b, Sum s) {
+    return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b);
+  }
+
+  static void pack_row(const Operand& x, int64_t at, int values, float* out) {
+    out[values / 2] = 0.0f;  // an odd last value has zero for its partner
+    memcpy(out, static_cast<const uint16_t*>(x.data) + at, sizeof(uint16_t) * size_t(values));
+  }
+  static void pack_across(const Operand& x, int64_t at, int64_t stride, int rows, int values,
+                          float* out) {
+    const uint16_t* even = static_cast<const uint16_t*>(x.data) + at;
+    const uint16_t* odd = even + stride;
+    for (int r = 0; r < rows; ++r) {
+      const uint32_t high = values > 1 ? odd[r] : 0u;
+      out[r] = bits_float(high << 16 | even[r]);
+    }
+  }
+  static void begin_thread() {
+    if (cpu::isa() == Isa::amx) amx_begin();
+  }
+  static void end_thread() {
+    if (cpu::isa() == Isa::amx) amx_end();
+  }
+  static bool multiply_column(const float* a, const float* b, int rows, int units, bool first,
+                              float* sums) {
+    if (cpu::isa() != Isa::amx) return false;
+    amx_multiply_column<AmxFloat>(a, b, rows, units, first, sums);
+    return true;
+  }
+};
+#else
+using Bf16Math = Fp32Math;
+#endif
+
+}  // namespace
+
+void product(const ProductArgs& p) {
+  const auto finish = [&](int64_t m, int rows, int64_t n, int cols, Panels& panels) {
+    for (int r = 0; r < rows; ++r) {
+      float* z = panels.sums + r * kBlockN;
+      add_bias(p.epilogue, n, cols, z);
+      finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
+    }
+  };
+  if (p.a.type == Float::bf16 && p.b.type == Float::bf16) {
+    multiply<Bf16Math>(p.a, p.b, p.M, p.N, p.K, p.threads, finish);
+  } else {
+    multiply<Fp32Math>(p.a, p.b, p.M, p.N, p.K, p.threads, finish);
+  }
+}
+
+void linear_epilogue(const EpilogueArgs& a) {
+  parallel_for(a.M, a.N > 4096 ? 1 : 4096 / (a.N + 1) + 1, a.threads,
+               [&](int64_t begin, int64_t end) {
+    float z[kRun];
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t n = 0; n < a.N; n += kRun) {
+        const int cols = at_most(a.N - n, kRun);
+        load_floats(a.sums, Float::fp32, m * a.N + n, cols, z);
+        add_bias(a.epilogue, n, cols, z);
+        finish_run(z, cols, a.epilogue, m * a.N + n);
+      }
+    }
+  });
+}
+
+// Sums of 64 rows first, then the sum of those: an error of (64 + M/64) 2^-24 instead of M 2^-24.
+void column_sums(const ColumnSumsArgs& a) {
+  constexpr int64_t kGroup = 64;
+  parallel_for(a.N, 128, a.threads, [&](int64_t begin, int64_t end) {
+    float row[kRun], group[kRun];
+    for (int64_t n = begin; n < end; n += kRun) {
+      const int cols = at_most(end - n, kRun);
+      for (int j = 0; j < cols; ++j) a.sums[n + j] = 0.0f;
+      for (int64_t m = 0; m < a.M; m += kGroup) {
+        const int64_t last = m + kGroup < a.M ? m + kGroup : a.M;
+        for (int j = 0; j < cols; ++j) group[j] = 0.0f;
+        for (int64_t i = m; i < last; ++i) {
+          load_floats(a.x, a.x_type, i * a.N + n, cols, row);
+          for (int j = 0; j < cols; ++j) group[j] += row[j];
+        }
+        for (int j = 0; j < cols; ++j) a.sums[n + j] += group[j];
+      }
+    }
+  });
+}
+
+}  // namespace LOWP_ISA
+}  // namespace lowp

@@ -1,0 +1,208 @@
+// Products by panels: blocks of both operands are packed as 32-bit units along the summed dimension (one
+// fp32, two bf16 or int16, four int8 values), and multiplied in register tiles. What a unit holds and
+// how two are multiplied is the parameter Math:
+//   kValues                             values a unit
+//   pack_row(x, at, values, out)        x[at .. at+values) -> units, the last one filled with zeros
+//   pack_across(x, at, stride, rows, values, out)   one unit of each of `rows` adjacent rows, of which
+//                                       value v lies at x[at + v * stride + row]
+//   prepare_a(row, units)               what only the left side needs
+//   Sum, zero, load_sum, store_sum, add, multiply_add(units of a, units of b, sum)
+//   add_offsets(b, units, offsets)      what finish() must take off each column's sums
+//   begin_thread, multiply_column, end_thread   AMX, where it runs (cpu/amx.h)
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/parallel.h"
+#include "cpu/vector.h"
+#include "linear.h"
+
+namespace lowp {
+namespace LOWP_ISA {
+
+// A register tile of kRows x kVecs vectors; enough of them to hide the latency of the adds.
+constexpr int kVecs = 2;
+#if defined(__AVX512F__)
+constexpr int kRows = 14;
+constexpr int kBlockM = 224;  // a multiple of kRows and of AMX's 32
+#else
+constexpr int kRows = 6;
+constexpr int kBlockM = 168;
+#endif
+constexpr int kCols = kVecs * kLanes;
+constexpr int kBlockN = 256;
+constexpr int kDepth = 256;               // units
+constexpr int kRowPad = kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
+static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols == 0,
+              "blocks hold whole tiles");
+
+// What one thread works in. Units and sums are 32 bits wide whatever they hold.
+struct alignas(64) Panels {
+  float a[kBlockM * kRowPad];     // [kBlockM][kRowPad]
+  float b[kBlockN * kDepth];      // tiles [kDepth][kCols]
+  float sums[kBlockM * kBlockN];  // [kBlockM][kBlockN]
+  int32_t offsets[kBlockN];       // what Math::add_offsets collects over all of K
+  float lines[kLanes * kRowPad];  // [kLanes][kRowPad], units that wait to be transposed
+};
+static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
+
+static inline int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
+
+// n cut into equal pieces of at most `limit`, each but the last a multiple of `tile`.
+static inline int64_t even_block(int64_t n, int64_t limit, int64_t tile) {
+  const int64_t pieces = n > limit ? (n + limit - 1) / limit : 1;
+  return ((n + pieces - 1) / pieces + tile - 1) / tile * tile;
+}
+
+static inline int64_t element_of(const Operand& x, int64_t row, int64_t k) {
+  return row * x.row_stride + k * x.k_stride;
+}
+
+// kLanes units from k on of each of `rows` adjacent rows, into out[lane][kRowPad]; zeros beyond.
+template <class Math>
+static void pack_lanes(const Operand& x, int64_t row, int rows, int64_t k, int64_t last,
+                       float* out) {
+  for (int lane = 0; lane < kLanes; ++lane, k += Math::kValues, out += kRowPad) {
+    const int values = at_most(last - k, Math::kValues);
+    if (values > 0) {
+      Math::pack_across(x, element_of(x, row, k), x.k_stride, rows, values, out);
+    } else {
+      memset(out, 0, sizeof(float) * static_cast<size_t>(rows));
+    }
+  }
+}
+
+// Rows m .. m+rows, values k .. last, as [row][unit]; zeros fill up the last kLanes units.
+template <class Math>
+static void pack_a(const Operand& x, int64_t m, int rows, int64_t k, int64_t last, Panels& p) {
+  const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
+  const int padded = (units + kLanes - 1) / kLanes * kLanes;
+  if (x.k_stride == 1) {
+    for (int r = 0; r < rows; ++r) {
+      float* out = p.a + r * kRowPad;
+      Math::pack_row(x, element_of(x, m + r, k), static_cast<int>(last - k), out);
+      memset(out + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
+      Math::prepare_a(out, units);
+    }
+    return;
+  }
+  for (int u = 0; u < padded; u += kLanes) {
+    pack_lanes<Math>(x, m, rows, k + int64_t{u} * Math::kValues, last, p.lines);
+    for (int r = 0; r < rows; r += kLanes) {
+      transpose_square(p.lines + r, kRowPad, p.a + r * kRowPad + u, kRowPad);
+    }
+  }
+  for (int r = 0; r < rows; ++r) Math::prepare_a(p.a + r * kRowPad, units);
+}
+
+// Rows n .. n+rows, values k .. last, as tiles [unit][kCols]; zeros fill up the last kLanes units.
+template <class Math>
+static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t last, Panels& p) {
+  const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
+  const int padded = (units + kLanes - 1) / kLanes * kLanes;
+  if (x.k_stride != 1) {
+    for (int u = 0; u < padded; u += kLanes) {
+      pack_lanes<Math>(x, n, rows, k + int64_t{u} * Math::kValues, last, p.lines);
+      for (int c = 0; c < rows; c += kCols) {
+        float* out = p.b + c * kDepth + u * kCols;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          memcpy(out + lane * kCols, p.lines + lane * kRowPad + c, sizeof(float) * kCols);
+        }
+      }
+    }
+    return;
+  }
+  for (int c = 0; c < rows; c += kLanes) {
+    const int lines = at_most(rows - c, kLanes);
+    for (int r = 0; r < lines; ++r) {
+      float* line = p.lines + r * kRowPad;
+      Math::pack_row(x, element_of(x, n + c + r, k), static_cast<int>(last - k), line);
+      memset(line + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
+    }
+    float* out = p.b + c / kCols * kCols * kDepth + c % kCols;
+    for (int u = 0; u < padded; u += kLanes) {
+      transpose_square(p.lines + u, kRowPad, out + u * kCols, kCols);
+    }
+  }
+}
+
+// sums[kRows][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The product of
+// a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with K.
+template <class Math>
+static void multiply_tile(const float* a, const float* b, int units, bool first, float* sums) {
+  typename Math::Sum acc[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      acc[r][v] = Math::zero();
+    }
+  }
+  for (int u = 0; u < units; ++u) {
+    Vec right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = load(b + u * kCols + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec left = broadcast(a + r * kRowPad + u);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Math::multiply_add(left, right[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      float* at = sums + r * kBlockN + v * kLanes;
+      Math::store_sum(at, first ? acc[r][v] : Math::add(acc[r][v], Math::load_sum(at)));
+    }
+  }
+}
+
+// p.sums[rows][cols] = a's rows m .. times b's rows n .. over all of K.
+template <class Math>
+static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_t m, int rows,
+                           int64_t n, int cols, Panels& p) {
+  if (K == 0) memset(p.sums, 0, sizeof p.sums);
+  memset(p.offsets, 0, sizeof p.offsets);
+  constexpr int64_t kValues = int64_t{kDepth} * Math::kValues;
+  for (int64_t k = 0; k < K; k += kValues) {
+    const int64_t last = k + kValues < K ? k + kValues : K;
+    const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
+    pack_a<Math>(a, m, rows, k, last, p);
+    pack_b<Math>(b, n, cols, k, last, p);
+    for (int c = 0; c < cols; c += kCols) {
+      const float* right = p.b + c * kDepth;
+      if (Math::multiply_column(p.a, right, rows, units, k == 0, p.sums + c)) continue;
+      Math::add_offsets(right, units, p.offsets + c);
+      for (int r = 0; r < rows; r += kRows) {
+        multiply_tile<Math>(p.a + r * kRowPad, right, units, k == 0, p.sums + r * kBlockN + c);
+      }
+    }
+  }
+}
+
+// finish(m, rows, n, cols, panels) for every block of the product, each once, on some thread.
+template <class Math, class Finish>
+static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
+                     int threads, const Finish& finish) {
+  const int64_t height = even_block(M, kBlockM, kRows), width = even_block(N, kBlockN, kCols);
+  if (M == 0 || N == 0) return;
+  const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
+  parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
+    Panels* p = static_cast<Panels*>(aligned_alloc(64, sizeof(Panels)));
+    Math::begin_thread();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i % down * height, n = i / down * width;
+      const int rows = at_most(M - m, height), cols = at_most(N - n, width);
+      multiply_block<Math>(a, b, K, m, rows, n, cols, *p);
+      finish(m, rows, n, cols, *p);
+    }
+    Math::end_thread();
+    free(p);
+  });
+}
+
+}  // namespace LOWP_ISA
+}  // namespace lowp

@@ -1,0 +1,54 @@
+// linear, linear_dgrad, linear_wgrad: one matrix product of float operands with fp32 sums, and what
+// is done to a sum before it is rounded once.
+#pragma once
+#include "kernel.h"
+#include "numerics/activation.h"
+
+namespace lowp {
+
+// A matrix of which element (i, k) lies at data[i * row_stride + k * k_stride]; one stride is 1.
+struct Operand {
+  const void* data;
+  Float type;
+  int64_t row_stride, k_stride;  // elements
+};
+
+// What follows the sum: y = round(activate(sum + bias)), all in fp32.
+struct Epilogue {
+  const void* bias;     // [N] or null
+  Float bias_type;
+  Activation activation;
+  void* y;              // [M, N], contiguous
+  Float y_type;
+  void* preact;         // [M, N]: sum + bias before the activation, or null
+  Float preact_type;
+};
+
+struct ProductArgs {
+  Operand a;            // [M, K]
+  Operand b;            // [N, K]
+  int64_t M, N, K;
+  Epilogue epilogue;
+  int threads;
+};
+
+struct EpilogueArgs {
+  const float* sums;    // [M, N], contiguous; y may be the same memory if it is fp32
+  int64_t M, N;
+  Epilogue epilogue;
+  int threads;
+};
+
+struct ColumnSumsArgs {
+  const void* x;        // [M, N], contiguous
+  Float x_type;
+  int64_t M, N;
+  float* sums;          // [N]: over M in fp32, in an order that M alone decides
+  int threads;
+};
+
+}  // namespace lowp
+
+LOWP_CPU_KERNEL(product, ProductArgs)
+LOWP_CPU_KERNEL(linear_epilogue, EpilogueArgs)
+LOWP_CPU_KERNEL(column_sums, ColumnSumsArgs)

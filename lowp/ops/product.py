@@ -1,0 +1,113 @@
+"""The matrix product that linear and its two gradients share: checks and the CPU's choice of kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowp.native import cpu_extension
+from lowp.ops.library import FLOATS
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+"""csrc/numerics/activation.h: Activation"""
+
+
+def require_matrices(op: str, **operands: Tensor) -> None:
+    """Raises unless all are matrices of one float type."""
+    (first, x), *others = operands.items()
+    for name, t in operands.items():
+        if t.dtype not in FLOATS:
+            raise TypeError(
+                f"lowp::{op}: {name} must be float32, bfloat16 or float16, got {t.dtype}"
+            )
+        if t.dim() != 2:
+            raise ValueError(f"lowp::{op}: {name} must be a matrix, got shape {tuple(t.shape)}")
+    for name, t in others:
+        if t.dtype != x.dtype:
+            raise TypeError(
+                f"lowp::{op}: {first} and {name} must be of one type, got {x.dtype} and {t.dtype}"
+            )
+
+
+def require_bias(op: str, bias: Tensor | None, columns: int) -> None:
+    """Raises unless ``bias`` is absent or a float vector of ``columns``."""
+    if bias is None:
+        return
+    if bias.dtype not in FLOATS:
+        raise TypeError(
+            f"lowp::{op}: bias must be float32, bfloat16 or float16, got {bias.dtype}"
+        )
+    if tuple(bias.shape) != (columns,):
+        raise ValueError(
+            f"lowp::{op}: bias must have shape ({columns},), got {tuple(bias.shape)}"
+        )
+
+
+def strided(x: Tensor) -> tuple[Tensor, int, int]:
+    """A matrix with one stride 1, as the kernels read it, and its strides; a copy if need be."""
+    if 1 not in x.stride():
+        x = x.contiguous()
+    row, k = x.stride()
+    return x, row, 1 if x.shape[1] == 1 else k  # the stride of a single column means nothing
+
+
+def _operand(x: Tensor) -> tuple[Any, Tensor]:
+    """The kernel's view of a matrix whose second dimension is summed over, and what owns it."""
+    x, row, k = strided(x)
+    return cpu_extension().Operand(x.data_ptr(), FLOATS[x.dtype], row, k), x
+
+
+def epilogue_of(bias: Tensor | None, activation: str, y: Tensor, preact: Tensor) -> Any:
+    """The kernel's view of what follows a sum; an empty ``preact`` is not written."""
+    return cpu_extension().Epilogue(
+        0 if bias is None else bias.data_ptr(), FLOATS[torch.float32 if bias is None else bias.dtype],
+        ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
+        preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype],
+    )
+
+
+def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
+                    save_preact: bool) -> bool:
+    """Whether torch's product is the faster one and keeps the contract.
+
+    fp32: MKL is 1.2 to 1.4 times as fast as our kernel. bf16: oneDNN is 2 times as fast, but its
+    result is rounded to bf16 already, and with K not a multiple of 32 (more than half of one 64-byte
+    tile row) an Inf or NaN leaks into the row before (seen with torch 2.13 on AMX). fp16: never,
+    for torch's product runs far below fp32 on CPUs without fp16 arithmetic.
+    """
+    if a.dtype == torch.float32:
+        return True
+    return (
+        a.dtype == out_dtype == torch.bfloat16
+        and activation == "none"
+        and not save_preact
+        and a.shape[1] % 32 == 0
+        and (bias is None or bias.dtype == torch.bfloat16)
+        and "avx512bf16" in cpu_extension().cpu_features()
+    )
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
+             save_preact: bool) -> tuple[Tensor, Tensor]:
+    """``act(a bᵀ + bias)`` of a [M, K] and b [N, K], and the pre-activation (empty unless saved)."""
+    (rows, depth), cols = a.shape, b.shape[0]
+    preact = a.new_empty((rows, cols) if save_preact else 0)
+    if bias is not None:
+        bias = bias.contiguous()
+    extension, threads = cpu_extension(), torch.get_num_threads()
+    if _library_serves(a, bias, activation, out_dtype, save_preact):
+        z = functional.linear(a, b, None if bias is None else bias.to(a.dtype))
+        if activation == "none" and out_dtype == a.dtype and not save_preact:
+            return z, preact
+        y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
+        extension.linear_epilogue(z.data_ptr(), rows, cols,
+                                  epilogue_of(None, activation, y, preact), threads)
+        return y, preact
+    y = a.new_empty((rows, cols), dtype=out_dtype)
+    (left, a), (right, b) = _operand(a), _operand(b)
+    extension.product(left, right, rows, cols, depth, epilogue_of(bias, activation, y, preact),
+                      threads)
+    return y, preact

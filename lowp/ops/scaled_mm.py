@@ -1,0 +1,99 @@
+"""scaled_mm: the product of int8 codes, scaled, biased, activated and rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowp.native import cpu_extension
+from lowp.ops.library import Op, require_choice, require_float_dtype
+from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
+from lowp.reference import scaled_mm as reference
+
+MAX_K = 133_144
+"""The most products of two codes in [-127, 127] whose sum an int32 surely holds: (2^31 - 1) // 127^2."""
+
+scaled_mm = Op(
+    "scaled_mm(Tensor a, Tensor b, Tensor row_scale, Tensor col_scale, Tensor? bias, "
+    "str activation, ScalarType out_dtype, bool save_preact) -> (Tensor y, Tensor preact)"
+)
+"""``y = act((float(a bᵀ) * row_scale[m]) * col_scale[n] + bias[n])``, rounded once to ``out_dtype``.
+
+The sum is an exact int32; everything after it is fp32, in that order, so y has the same bits on every
+backend.
+
+Args:
+    a: int8 codes [M, K] in [-127, 127] (-128 is exact up to K = 131,071); any strides.
+    b: int8 codes [N, K], alike.
+    row_scale: fp32, [M] or one element.
+    col_scale: fp32, [N] or one element.
+    bias: [N], any float type, or ``None``.
+    activation: ``"none"``, ``"relu"``, ``"gelu"`` (by erf), ``"gelu_tanh"`` or ``"silu"``.
+    out_dtype: fp32, bf16 or fp16.
+    save_preact: whether to return what the activation is applied to.
+
+Returns:
+    y [M, N]; preact [M, N] in ``out_dtype``, or an empty tensor [0]. A NaN scale (of a group that
+    held Inf or NaN) makes its whole row or column NaN, though the codes are 0.
+
+Raises:
+    TypeError: a wrong dtype. ValueError: shapes that do not fit, or K > 133,144.
+"""
+
+
+@scaled_mm.check
+def _check(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None,
+           activation: str, out_dtype: torch.dtype, save_preact: bool) -> None:
+    for name, codes in (("a", a), ("b", b)):
+        if codes.dtype != torch.int8:
+            raise TypeError(f"lowp::scaled_mm: {name} must be int8, got {codes.dtype}")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"lowp::scaled_mm: expected a [M, K] and b [N, K], got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+    if a.shape[1] > MAX_K:
+        raise ValueError(
+            f"lowp::scaled_mm: K must be at most {MAX_K}, beyond which int32 sums may overflow, "
+            f"got {a.shape[1]}"
+        )
+    scales = (("row_scale", row_scale, a.shape[0]), ("col_scale", col_scale, b.shape[0]))
+    for name, scale, size in scales:
+        if scale.dtype != torch.float32:
+            raise TypeError(f"lowp::scaled_mm: {name} must be float32, got {scale.dtype}")
+        if scale.numel() not in (1, size):
+            raise ValueError(
+                f"lowp::scaled_mm: {name} must have {size} elements or 1, got {tuple(scale.shape)}"
+            )
+    require_bias("scaled_mm", bias, b.shape[0])
+    require_choice("scaled_mm", "activation", activation, ACTIVATIONS)
+    require_float_dtype("scaled_mm", "out_dtype", out_dtype)
+
+
+@scaled_mm.fake
+def _fake(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None,
+          activation: str, out_dtype: torch.dtype, save_preact: bool) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], b.shape[0])
+    y = a.new_empty(shape, dtype=out_dtype)
+    return y, a.new_empty(shape if save_preact else (0,), dtype=out_dtype)
+
+
+scaled_mm.kernel("reference")(reference.scaled_mm)
+
+
+@scaled_mm.kernel("cpu")
+def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None,
+         activation: str, out_dtype: torch.dtype, save_preact: bool) -> tuple[Tensor, Tensor]:
+    (rows, depth), cols = a.shape, b.shape[0]
+    (a, a_row, a_k), (b, b_row, b_k) = strided(a), strided(b)
+    row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = a.new_empty((rows, cols), dtype=out_dtype)
+    preact = a.new_empty((rows, cols) if save_preact else 0, dtype=out_dtype)
+    cpu_extension().scaled_mm(
+        a.data_ptr(), a_row, a_k, b.data_ptr(), b_row, b_k, rows, cols, depth,
+        row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
+        int(col_scale.numel() > 1), epilogue_of(bias, activation, y, preact),
+        torch.get_num_threads(),
+    )
+    return y, preact

@@ -1,0 +1,191 @@
+"""linear, linear_dgrad, linear_wgrad: sums inside the derived bound, everything after them exact."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch.nn import functional
+
+import lowp
+from lowp.ops import product
+from lowp.ops.linear import linear
+from lowp.ops.linear_dgrad import linear_dgrad
+from lowp.ops.linear_wgrad import linear_wgrad
+from lowp.reference.linear import finish
+from tests.tensors import FLOATS, same_bits, strided_forms
+from tests.tolerances import product_bound
+
+ACTIVATIONS = tuple(product.ACTIVATIONS)
+
+
+@pytest.fixture(params=("chosen", "ours"))
+def kernel(request, monkeypatch):
+    """What the op chooses, and our kernel also where torch's is the faster one."""
+    if request.param == "ours":
+        monkeypatch.setattr(product, "_library_serves", lambda *_: False)
+    return request.param
+
+
+def matrices(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
+    return tuple(t.to(dtype) for t in (x, w, dy, torch.randn(n)))
+
+
+def assert_within(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias=None) -> None:
+    exact = a.double() @ b.double().t()
+    if bias is not None:
+        exact = exact + bias.double()
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= product_bound(a, b, bias, y.dtype)).all()
+
+
+def shapes(count: int) -> list[tuple[int, int, int]]:
+    edges = [1, 3, 7, 8, 15, 16, 17, 33, 129]
+    rng = random.Random(0)
+    some = [tuple(rng.choice(edges) for _ in range(3)) for _ in range(count)]
+    return [*some, *[tuple(rng.randint(1, 129) for _ in range(3)) for _ in range(count)]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_products_inside_the_bound(product_isa, kernel, dtype):
+    for m, n, k in [*shapes(25), (300, 530, 700), (169, 257, 513), (1, 600, 300), (2, 3, 4000)]:
+        x, w, dy, bias = matrices(m, n, k, dtype)
+        for out in FLOATS:
+            y, preact = linear(x, w, bias, "none", out, False)
+            assert y.dtype == out and preact.shape == (0,)
+            assert_within(y, x, w, bias)
+            assert_within(linear(x, w, None, "none", out, False)[0], x, w)
+            assert_within(linear_dgrad(dy, w, out), dy, w.t())
+            dw, db = linear_wgrad(dy, x, True, out)
+            assert_within(dw, dy.t(), x.t())
+            assert db.dtype == torch.float32
+            assert_within(db[:, None], dy.t(), torch.ones(1, m))
+
+
+def test_no_worse_than_torch(kernel):
+    for dtype in FLOATS:
+        x, w, _, _ = matrices(256, 256, 2048, dtype)
+        exact = x.double() @ w.double().t()
+        ours = (linear(x, w, None, "none", dtype, False)[0].double() - exact).square().mean()
+        theirs = (functional.linear(x, w).double() - exact).square().mean()
+        assert ours <= 1.2 * theirs  # rms errors are rounding noise; 1.2 is 3 sigma of their ratio
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_epilogue_is_exact(product_isa, kernel, dtype, activation):
+    """Integer operands: the sum is exact, so every bit after it belongs to the contract."""
+    x = torch.randint(-3, 4, (70, 40)).to(dtype)
+    w = torch.randint(-3, 4, (300, 40)).to(dtype) / 8
+    for bias_dtype in FLOATS:
+        bias = torch.randn(300).to(bias_dtype)
+        z = x.float() @ w.float().t()
+        for out in FLOATS:
+            y, preact = linear(x, w, bias, activation, out, True)
+            want = finish(z, bias, activation, out, dtype)
+            assert same_bits(y, want[0]) and same_bits(preact, want[1])
+
+
+def test_threads_do_not_change_bits(product_isa, kernel):
+    results = []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)
+        x, w, dy, bias = matrices(333, 290, 500, torch.float16)
+        half = torch.float16
+        results.append([*linear(x, w, bias, "gelu", half, True), linear_dgrad(dy, w, half),
+                        *linear_wgrad(dy, x, True, half)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(same_bits, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_strides_and_empty(kernel, dtype):
+    for _, x in strided_forms(torch.randn(65, 129)):
+        x = x.to(dtype)
+        for _, w in strided_forms(torch.randn(33, x.shape[1])):
+            w = w.to(dtype)
+            if w.shape[1] == x.shape[1]:
+                assert_within(linear(x, w, None, "none", dtype, False)[0], x, w)
+                dy = torch.randn(w.shape[0], x.shape[0]).to(dtype).t()
+                assert_within(linear_dgrad(dy, w, dtype), dy, w.t())
+                assert_within(linear_wgrad(dy, x, False, dtype)[0], dy.t(), x.t())
+    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
+        x, w, dy, bias = matrices(m, n, k, dtype)
+        y, preact = linear(x, w, bias, "none", dtype, True)
+        assert torch.equal(y, bias.expand(m, n)) and preact.shape == (m, n)
+        dw, db = linear_wgrad(dy, x, True, dtype)
+        assert linear_dgrad(dy, w, dtype).shape == (m, k) and dw.shape == (n, k)
+        assert not dw.any() or m > 0
+        assert db.shape == (n,)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_nan_and_inf_go_where_ieee_sends_them(kernel, value):
+    for dtype in FLOATS:
+        x, w, _, bias = matrices(20, 40, 50, dtype)
+        x[3, 7] = value
+        w[5, 9] = value
+        y = linear(x, w, bias, "none", dtype, False)[0].float()
+        want = functional.linear(x.float(), w.float(), bias.float())
+        assert torch.equal(y.isnan(), want.isnan())
+        assert torch.equal(y.isposinf(), want.isposinf()) and torch.equal(y.isneginf(), want.isneginf())
+
+
+def test_overflow_is_infinite():
+    x = torch.full((1, 8), 200.0, dtype=torch.float16)
+    y = linear(x, x, None, "none", torch.float16, False)[0]
+    assert y.item() == math.inf  # 320,000 is beyond fp16
+    assert linear(x, x, None, "none", torch.float32, False)[0].item() == 320_000
+
+
+def test_errors():
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    cases = [
+        (ValueError, r"linear: expected x \[M, K\] and w \[N, K\], got \(3, 4\) and \(4, 5\)",
+         lambda: linear(x, w.t(), None, "none", torch.float32, False)),
+        (TypeError, "x and w must be of one type, got torch.float32 and torch.float16",
+         lambda: linear(x, w.half(), None, "none", torch.float32, False)),
+        (TypeError, "x must be float32, bfloat16 or float16, got torch.int64",
+         lambda: linear(x.long(), w, None, "none", torch.float32, False)),
+        (ValueError, r"bias must have shape \(5,\), got \(4,\)",
+         lambda: linear(x, w, torch.zeros(4), "none", torch.float32, False)),
+        (ValueError, "activation must be one of none, relu, .*got 'tanh'",
+         lambda: linear(x, w, None, "tanh", torch.float32, False)),
+        (TypeError, "out_dtype must be float32, bfloat16 or float16, got torch.float64",
+         lambda: linear(x, w, None, "none", torch.float64, False)),
+        (ValueError, r"x must be a matrix, got shape \(4,\)",
+         lambda: linear(x[0], w, None, "none", torch.float32, False)),
+        (ValueError, r"linear_dgrad: expected dy \[M, N\] and w \[N, K\]",
+         lambda: linear_dgrad(x, w, torch.float32)),
+        (ValueError, r"linear_wgrad: expected dy \[M, N\] and x \[M, K\]",
+         lambda: linear_wgrad(x, w, True, torch.float32)),
+    ]
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck(dtype):
+    x, w, dy, bias = matrices(6, 5, 8, dtype)
+    for a in (x, x[:0], torch.randn(8, 6).to(dtype).t(), torch.randn(12, 8).to(dtype)[::2]):
+        for activation in ("none", "gelu"):
+            torch.library.opcheck(torch.ops.lowp.linear.default,
+                                  (a, w, bias, activation, dtype, activation != "none"))
+        torch.library.opcheck(torch.ops.lowp.linear_wgrad.default,
+                              (dy[: a.shape[0]], a, True, torch.float32))
+    torch.library.opcheck(torch.ops.lowp.linear_dgrad.default, (dy, w, dtype))
+
+
+def test_reference_backend_agrees():
+    x, w, dy, bias = matrices(9, 8, 7, torch.bfloat16)
+    with lowp.backend("reference"):
+        assert_within(linear(x, w, bias, "none", torch.bfloat16, False)[0], x, w, bias)
+        assert_within(linear_dgrad(dy, w, torch.bfloat16), dy, w.t())
+        assert_within(linear_wgrad(dy, x, True, torch.bfloat16)[0], dy.t(), x.t())

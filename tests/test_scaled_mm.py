@@ -1,0 +1,164 @@
+"""scaled_mm: exact sums, and every bit after them equal to the reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import lowp
+from lowp.native import cpu_extension
+from lowp.ops.product import ACTIVATIONS
+from lowp.ops.scaled_mm import MAX_K, scaled_mm
+from tests.tensors import FLOATS, same_bits, special_values, strided_forms
+
+ONE = torch.ones(1)
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The int32 sums: exact in fp32 as long as they stay below 2^24 (K <= 1040), else see callers."""
+    return scaled_mm(a, b, ONE, ONE, None, "none", torch.float32, False)[0]
+
+
+def assert_bits(*args) -> None:
+    y, preact = scaled_mm(*args)
+    with lowp.backend("reference"):
+        want = scaled_mm(*args)
+    assert same_bits(y, want[0]) and same_bits(preact, want[1])
+
+
+def test_sums_are_exact_over_ten_thousand_shapes(product_isa):
+    pool_a, pool_b = codes(129, 129), codes(129, 129)
+    wide_a, wide_b = pool_a.double(), pool_b.double()
+    rng = random.Random(1)
+    edges = (1, 3, 7, 8, 15, 16, 17, 33, 129)
+    shapes = [*itertools.product(edges, repeat=3)]
+    shapes += [tuple(rng.randint(1, 129) for _ in range(3)) for _ in range(2600)]
+    for m, n, k in shapes:  # 3,329 shapes for each of four instruction sets
+        y = sums(pool_a[:m, :k], pool_b[:n, :k])
+        assert torch.equal(y.double(), wide_a[:m, :k] @ wide_b[:n, :k].t())
+
+
+def test_large_shapes_and_the_largest_sums(product_isa):
+    for m, n, k in ((300, 530, 2100), (1, 700, 5000), (450, 1, 300), (230, 260, 1025)):
+        assert_bits(codes(m, k), codes(n, k), torch.rand(m), torch.rand(n), None, "none",
+                    torch.float32, False)
+    for left, right in itertools.product((127, -127), repeat=2):
+        a = torch.full((1, MAX_K), left, dtype=torch.int8)
+        y = sums(a, torch.full((1, MAX_K), right, dtype=torch.int8))
+        assert y.item() == torch.tensor(float(left * right * MAX_K)).item()
+    a = torch.full((3, 131_071), -128, dtype=torch.int8)
+    assert torch.equal(sums(a, a), torch.full((3, 3), 16384.0 * 131_071))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogue(product_isa, activation):
+    a, b = codes(70, 90), codes(300, 90)
+    row_scale, col_scale = torch.rand(70, 1) * 1e-3, torch.rand(300)
+    row_scale[:34, 0] = special_values()[:34].abs()
+    for out in FLOATS:
+        for bias in (None, *[torch.randn(300).to(dtype) for dtype in FLOATS]):
+            assert_bits(a, b, row_scale, col_scale, bias, activation, out, True)
+        assert_bits(a, b, row_scale[:1], col_scale[:1], None, activation, out, False)
+        assert_bits(a, b, torch.tensor(0.25), torch.tensor(3e38), None, activation, out, False)
+
+
+def test_poisoned_groups_show(product_isa):
+    a, b = codes(5, 8), codes(6, 8)
+    a[2], b[3] = 0, 0
+    row_scale, col_scale = torch.rand(5), torch.rand(6)
+    row_scale[2], col_scale[3] = math.nan, math.nan
+    for out in FLOATS:
+        y = scaled_mm(a, b, row_scale, col_scale, None, "none", out, False)[0]
+        want = torch.zeros(5, 6, dtype=torch.bool)
+        want[2], want[:, 3] = True, True
+        assert torch.equal(y.isnan(), want)
+
+
+def test_strides_offsets_and_empty(product_isa):
+    for _, a in strided_forms(torch.randn(65, 129)):
+        a = (a * 40).clamp(-127, 127).to(torch.int8) if a.is_contiguous() else _like(a)
+        for _, b in strided_forms(torch.randn(40, max(a.shape[1], 1))):
+            b = _like(b)
+            if b.shape[1] == a.shape[1]:
+                assert_bits(a, b, torch.rand(a.shape[0]), torch.rand(b.shape[0]), None, "none",
+                            torch.bfloat16, False)
+    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
+        assert_bits(codes(m, k), codes(n, k), torch.rand(m), torch.rand(n), torch.rand(n), "gelu",
+                    torch.float16, True)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """int8 codes of the same strides."""
+    storage = torch.randint(-127, 128, (max(x.untyped_storage().nbytes() // 4, 1),),
+                            dtype=torch.int8)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def test_threads_do_not_change_bits(threads):
+    a, b = codes(333, 700), codes(290, 700)
+    assert_bits(a, b, torch.rand(333), torch.rand(290), torch.rand(290), "silu", torch.bfloat16,
+                True)
+
+
+def test_after_fork_there_is_no_hang():
+    """The child of a fork has lost the thread pool; it must run serially, not wait for it."""
+    a = codes(600, 600)
+    want = sums(a, a).numpy().tobytes()
+    pid = os.fork()
+    if pid == 0:  # torch's own parallel ops would hang here, so bytes are compared
+        os._exit(0 if sums(a, a).numpy().tobytes() == want else 1)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the child hangs")
+
+
+def test_errors():
+    a, b, s = codes(3, 4), codes(5, 4), torch.ones(3)
+    t = torch.ones(5)
+    half = torch.float16
+    cases = [
+        (TypeError, "a must be int8, got torch.uint8", (a.byte(), b, s, t, None, "none", half)),
+        (ValueError, r"expected a \[M, K\] and b \[N, K\], got \(3, 4\) and \(4, 5\)",
+         (a, b.t(), s, t, None, "none", half)),
+        (TypeError, "row_scale must be float32, got torch.float64",
+         (a, b, s.double(), t, None, "none", half)),
+        (ValueError, r"col_scale must have 5 elements or 1, got \(3,\)",
+         (a, b, s, s, None, "none", half)),
+        (ValueError, r"bias must have shape \(5,\), got \(3,\)", (a, b, s, t, s, "none", half)),
+        (ValueError, "activation must be one of", (a, b, s, t, None, "tanh", half)),
+        (TypeError, "out_dtype must be float32", (a, b, s, t, None, "none", torch.int32)),
+        (ValueError, "K must be at most 133144, .*got 133145",
+         (codes(1, MAX_K + 1), codes(1, MAX_K + 1), ONE, ONE, None, "none", half)),
+    ]
+    for kind, message, arguments in cases:
+        with pytest.raises(kind, match=message):
+            scaled_mm(*arguments, False)
+
+
+def test_opcheck():
+    for a in (codes(6, 8), codes(0, 8), codes(8, 6).t(), codes(12, 8)[::2]):
+        arguments = (a, codes(5, 8), torch.ones(a.shape[0]), torch.ones(5), torch.ones(5))
+        for dtype in FLOATS:
+            torch.library.opcheck(torch.ops.lowp.scaled_mm.default,
+                                  (*arguments, "gelu", dtype, True))
+
+
+def test_the_best_instruction_set_is_the_default():
+    assert cpu_extension().isa() == cpu_extension().best_isa()

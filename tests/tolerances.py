@@ -1,0 +1,46 @@
+"""Every bound that a test compares against, with the reason for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-24  # the relative error of one fp32 operation
+
+_MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+_LOWEST_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of ``dtype`` at the fp64 values ``x``."""
+    exponent = torch.frexp(x.double())[1] - 1
+    exponent = exponent.clamp_min(_LOWEST_EXPONENT[dtype])
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - _MANTISSA[dtype])
+
+
+def product_bound(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Largest error of ``a bᵀ + bias`` (a [M, K], b [N, K]) with fp32 sums and one rounding.
+
+    Any order of K products and a bias adds K + 1 roundings, each of at most 2^-24 of a partial sum,
+    and no partial sum exceeds Σ|a||b| + |bias| (Higham, "Accuracy and stability of numerical
+    algorithms", 2nd ed., section 3.1). 2^-126 a product is what kernels that flush subnormals lose.
+    """
+    depth = a.shape[1]
+    magnitude = a.double().abs() @ b.double().abs().t()
+    exact = a.double() @ b.double().t()
+    if bias is not None:
+        magnitude, exact = magnitude + bias.double().abs(), exact + bias.double()
+    sums = (depth + 1) * (1 + depth * UNIT) * UNIT * magnitude + depth * 2.0**-126
+    return sums + 0.5 * ulp(exact.abs() + sums, out_dtype)
+
+
+EXP_ULP = 3.0
+"""Cody-Waite's two-part ln 2 leaves r good to 2^-25; polynomial, Horner and scaling add 4 roundings of
+at most half an ulp, of which the last two weigh fully. Measured over all of fp32: 1.9."""
+
+ACTIVATION = 5e-6
+"""Of max(|y|, |x| 2^-24). Where y is above |x| 2^-24, the argument of exp is at most 17; the 5 roundings on
+the way to it (constants included) are an absolute error of 17 * 5 * 2^-24, which exp makes relative."""
+
+DERIVATIVE = 4e-6
+"""Absolute: |x| (1 - s) s multiplies errors of s (2^-23) and of 1 - s by |x| <= 17, where s is not yet 1."""
