@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "activation_grad.h"
+#include "bias_grad.h"
 #include "dequantize.h"
 #include "isa.h"
 #include "linear.h"
@@ -78,10 +79,9 @@ PYBIND11_MODULE(_cpu, m) {
       Release());
 
   m.def(
-      "column_sums",
-      [](uintptr_t x, int x_type, int64_t M, int64_t N, uintptr_t sums, int threads) {
-        cpu::column_sums({pointer<const void>(x), Float(x_type), M, N, pointer<float>(sums),
-                          threads});
+      "bias_grad",
+      [](uintptr_t dy, int dy_type, int64_t M, int64_t N, uintptr_t db, int threads) {
+        cpu::bias_grad({pointer<const void>(dy), Float(dy_type), M, N, pointer<float>(db), threads});
       },
       Release());
 

@@ -39,16 +39,7 @@ struct EpilogueArgs {
   int threads;
 };
 
-struct ColumnSumsArgs {
-  const void* x;        // [M, N], contiguous
-  Float x_type;
-  int64_t M, N;
-  float* sums;          // [N]: over M in fp32, in an order that M alone decides
-  int threads;
-};
-
 }  // namespace lowp
 
 LOWP_CPU_KERNEL(product, ProductArgs)
 LOWP_CPU_KERNEL(linear_epilogue, EpilogueArgs)
-LOWP_CPU_KERNEL(column_sums, ColumnSumsArgs)

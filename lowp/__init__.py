@@ -1,7 +1,10 @@
 """lowp: low-precision training for PyTorch, with the same bits on every backend."""
 
 from lowp.backend import backend
+from lowp.convert import convert, plan, revert
+from lowp.explanation import explain
 from lowp.key import Key
+from lowp.linear import Linear, linear
 from lowp.quantized import Quantized, dequantize, quantize
 from lowp.recipe import Operand, Product, Recipe
 
@@ -9,12 +12,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Key",
+    "Linear",
     "Operand",
     "Product",
     "Quantized",
     "Recipe",
     "__version__",
     "backend",
+    "convert",
     "dequantize",
+    "explain",
+    "linear",
+    "plan",
     "quantize",
+    "revert",
 ]

@@ -102,26 +102,5 @@ void linear_epilogue(const EpilogueArgs& a) {
   });
 }
 
-// Sums of 64 rows first, then the sum of those: an error of (64 + M/64) 2^-24 instead of M 2^-24.
-void column_sums(const ColumnSumsArgs& a) {
-  constexpr int64_t kGroup = 64;
-  parallel_for(a.N, 128, a.threads, [&](int64_t begin, int64_t end) {
-    float row[kRun], group[kRun];
-    for (int64_t n = begin; n < end; n += kRun) {
-      const int cols = at_most(end - n, kRun);
-      for (int j = 0; j < cols; ++j) a.sums[n + j] = 0.0f;
-      for (int64_t m = 0; m < a.M; m += kGroup) {
-        const int64_t last = m + kGroup < a.M ? m + kGroup : a.M;
-        for (int j = 0; j < cols; ++j) group[j] = 0.0f;
-        for (int64_t i = m; i < last; ++i) {
-          load_floats(a.x, a.x_type, i * a.N + n, cols, row);
-          for (int j = 0; j < cols; ++j) group[j] += row[j];
-        }
-        for (int j = 0; j < cols; ++j) a.sums[n + j] += group[j];
-      }
-    }
-  });
-}
-
 }  // namespace LOWP_ISA
 }  // namespace lowp

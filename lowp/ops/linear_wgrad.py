@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
-from lowp.ops.library import FLOATS, Op, require_float_dtype
+from lowp.ops.bias_grad import bias_grad
+from lowp.ops.library import Op, require_float_dtype
 from lowp.ops.product import multiply, require_matrices
 from lowp.reference import linear as reference
 
@@ -23,7 +23,7 @@ Args:
 
 Returns:
     dw [N, K]; db [N] in fp32, or an empty tensor [0]. Error of dw: half an ulp of ``out_dtype`` and
-    M 2^-24 Σ|dy||x|; of db: (64 + M / 64) 2^-24 Σ|dy|, the same bits for any number of threads.
+    M 2^-24 Σ|dy||x|; of db: as :data:`lowp.ops.bias_grad.bias_grad` says.
 
 Raises:
     TypeError: types that are no floats or differ. ValueError: shapes that do not fit.
@@ -53,9 +53,4 @@ linear_wgrad.kernel("reference")(reference.linear_wgrad)
 @linear_wgrad.kernel("cpu")
 def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dw = multiply(dy.t(), x.t(), None, "none", out_dtype, False)[0]
-    db = dy.new_empty(dy.shape[1] if bias else 0, dtype=torch.float32)
-    if bias:
-        dy = dy.contiguous()
-        cpu_extension().column_sums(dy.data_ptr(), FLOATS[dy.dtype], *dy.shape, db.data_ptr(),
-                                    torch.get_num_threads())
-    return dw, db
+    return dw, bias_grad.kernels["cpu"](dy) if bias else dy.new_empty(0, dtype=torch.float32)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.reference.activation import activate
+from lowp.reference.bias_grad import bias_grad
 from lowp.reference.rounding import round_to
 
 
@@ -37,4 +38,4 @@ def linear_wgrad(dy: Tensor, x: Tensor, bias: bool,
                  out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``dyᵀ x`` of dy [M, N], x [M, K], and the column sums of dy in fp32."""
     dw = round_to(dy.float().t() @ x.float(), out_dtype, "nearest")
-    return dw, dy.float().sum(0) if bias else dy.new_empty(0, dtype=torch.float32)
+    return dw, bias_grad(dy) if bias else dy.new_empty(0, dtype=torch.float32)

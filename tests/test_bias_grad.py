@@ -1,0 +1,49 @@
+"""bias_grad: the kernel equals the reference bit for bit, and the reference its bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowp
+from lowp.ops.bias_grad import bias_grad
+from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.tolerances import UNIT
+
+
+def assert_equal(dy: torch.Tensor) -> None:
+    with lowp.backend("reference"):
+        want = bias_grad(dy)
+    got = bias_grad(dy)
+    nan = want.isnan()  # which of several payloads an addition passes on is no part of IEEE
+    assert torch.equal(got.isnan(), nan) and same_bits(got[~nan], want[~nan])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_kernel_equals_reference(isa, dtype):
+    assert_equal(torch.randn(300, 401).to(dtype))
+    assert_equal(random_bits(129 * 500).view(129, 500).to(dtype))
+    special = special_values()
+    assert_equal((special[:, None] * torch.ones(1, 40)).to(dtype))
+    assert_equal(special[None].to(dtype))
+
+
+def test_strides_and_threads(isa, threads):
+    for rows, cols in ((1, 1), (3, 7), (65, 129), (130, 2500)):
+        for _, dy in strided_forms(torch.randn(rows, cols)):
+            assert_equal(dy)
+
+
+def test_bound():
+    dy = torch.randn(5000, 64)
+    limit = (64 + 5000 / 64) * UNIT * dy.double().abs().sum(0)
+    assert ((bias_grad(dy) - dy.double().sum(0)).abs() <= limit).all()
+
+
+def test_errors_and_opcheck():
+    with pytest.raises(ValueError, match=r"bias_grad: dy must be a matrix, got shape \(3,\)"):
+        bias_grad(torch.ones(3))
+    with pytest.raises(TypeError, match="dy must be float32, bfloat16 or float16, got torch.int64"):
+        bias_grad(torch.ones(3, 3, dtype=torch.int64))
+    for dy in (torch.randn(3, 4), torch.randn(3, 4).t(), torch.randn(0, 4), torch.randn(3, 0)):
+        torch.library.opcheck(torch.ops.lowp.bias_grad.default, (dy,))
