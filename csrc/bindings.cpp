@@ -3,12 +3,14 @@
 #include <pybind11/stl.h>
 
 #include "activation_grad.h"
+#include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
 #include "isa.h"
 #include "linear.h"
 #include "quantize.h"
 #include "scaled_mm.h"
+#include "sgd.h"
 
 namespace py = pybind11;
 using namespace lowp;
@@ -125,6 +127,28 @@ PYBIND11_MODULE(_cpu, m) {
         cpu::dequantize({pointer<const int8_t>(codes), pointer<const float>(scale), rows, cols,
                          Granularity(granularity), block, pointer<void>(y), Float(y_type),
                          threads});
+      },
+      Release());
+
+  m.def(
+      "adamw",
+      [](uintptr_t tensors, uintptr_t scalars, int64_t count, float one_minus_beta1,
+         float one_minus_beta2, float eps, float decay, float inv_scale, bool maximize,
+         int rounding, int state_rounding, uint64_t seed, int threads) {
+        cpu::adamw({pointer<const AdamWTensor>(tensors), pointer<const AdamWScalars>(scalars),
+                    count, one_minus_beta1, one_minus_beta2, eps, decay, inv_scale, maximize,
+                    Rounding(rounding), Rounding(state_rounding), seed, threads});
+      },
+      Release());
+
+  m.def(
+      "sgd",
+      [](uintptr_t tensors, int64_t count, float lr, float momentum, float one_minus_dampening,
+         float weight_decay, float inv_scale, bool nesterov, bool maximize, int rounding,
+         int state_rounding, uint64_t seed, int threads) {
+        cpu::sgd({pointer<const SgdTensor>(tensors), count, lr, momentum, one_minus_dampening,
+                  weight_decay, inv_scale, nesterov, maximize, Rounding(rounding),
+                  Rounding(state_rounding), seed, threads});
       },
       Release());
 }

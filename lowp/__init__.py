@@ -1,5 +1,6 @@
 """lowp: low-precision training for PyTorch, with the same bits on every backend."""
 
+from lowp import optim
 from lowp.backend import backend
 from lowp.convert import convert, plan, revert
 from lowp.explanation import explain
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize",
     "explain",
     "linear",
+    "optim",
     "plan",
     "quantize",
     "revert",

@@ -82,7 +82,9 @@ clock = Clock()
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    clock.advance()
+    found_inf = getattr(optimizer, "found_inf", None)  # a gradient scaler sets it for the step
+    if found_inf is None or not found_inf.item():
+        clock.advance()
 
 
 register_optimizer_step_post_hook(_after_step)

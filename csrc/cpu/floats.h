@@ -1,8 +1,7 @@
-// Runs of float elements of any type <-> fp32, and the draws that go with a run.
+// Runs of float elements of any type <-> fp32.
 // Included inside every instruction set's translation unit.
 #pragma once
 #include "kernel.h"
-#include "numerics/philox.h"
 #include "numerics/rounding.h"
 
 namespace lowp {
@@ -51,20 +50,6 @@ static inline void store_floats_sr(const float* values, const uint16_t* draws, i
     for (int i = 0; i < n; ++i) p[i] = float_to_fp16_sr(values[i], draws[i]);
   }
 }
-
-// Draws of the n <= kRun elements that start at global index `element`.
-class Draws {
- public:
-  const uint16_t* fill(const PhiloxKey& key, int64_t element, int n) {
-    const int skip = static_cast<int>(element % kDrawsPerCall);
-    philox_fill(key, static_cast<uint64_t>(element / kDrawsPerCall),
-                (skip + n + kDrawsPerCall - 1) / kDrawsPerCall, buffer_);
-    return buffer_ + skip;
-  }
-
- private:
-  uint16_t buffer_[kRun + 2 * kDrawsPerCall];
-};
 
 }  // namespace LOWP_ISA
 }  // namespace lowp

@@ -1,5 +1,6 @@
 #include "quantize.h"
 
+#include "cpu/draws.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
 #include "numerics/scale.h"

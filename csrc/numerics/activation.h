@@ -105,9 +105,6 @@ LOWP_HD float gelu_derivative(float x) {
   return normal_cdf_fp32(c, g) + c * (g * 0.39894228f);
 }
 
-// Every NaN becomes the one of the contract, since machines differ in which payload they pass on.
-LOWP_HD float canonical_nan(float x) { return x != x ? bits_float(0x7FC00000u) : x; }
-
 template <Activation kind>
 LOWP_HD float activate(float z) {
   float y = z;

@@ -31,4 +31,7 @@ LOWP_HD float bits_float(uint32_t u) {
 #endif
 }
 
+// Every NaN becomes the one of the contract, since machines differ in which payload they pass on.
+LOWP_HD float canonical_nan(float x) { return x != x ? bits_float(0x7FC00000u) : x; }
+
 }  // namespace lowp

@@ -1,6 +1,7 @@
 // Conversions between fp32 and the 16-bit formats, and the two roundings to each target, by integer
 // arithmetic only: the same bits from every compiler, instruction set and device.
-// All functions are branch-free so that a plain loop over them vectorizes.
+// All functions are branch-free so that a plain loop over them vectorizes; GCC makes branches of nested
+// conditional expressions, so selects follow one another.
 #pragma once
 #include "numerics/platform.h"
 
@@ -35,9 +36,10 @@ LOWP_HD uint16_t float_to_bf16_sr(float x, uint32_t draw) {
   const uint32_t a = u & 0x7FFFFFFFu;
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t up = (a + draw) >> 16;
-  const uint32_t finite = up > 0x7F7Fu ? 0x7F7Fu : up;
-  const uint32_t special = a > 0x7F800000u ? 0x7FC0u : 0x7F80u;
-  return static_cast<uint16_t>(sign | (a >= 0x7F800000u ? special : finite));
+  uint32_t code = up > 0x7F7Fu ? 0x7F7Fu : up;
+  code = a >= 0x7F800000u ? 0x7F80u : code;
+  code = a > 0x7F800000u ? 0x7FC0u : code;
+  return static_cast<uint16_t>(sign | code);
 }
 
 // Nearest, ties to even, in units of the fp16 spacing at |x|; overflow goes to Inf as IEEE says.
@@ -50,9 +52,10 @@ LOWP_HD uint16_t float_to_fp16_rn(float x) {
   const uint32_t rebased = a - (112u << 23);
   const uint32_t normal = (rebased + 0x0FFFu + ((rebased >> 13) & 1u)) >> 13;
   const uint32_t tiny = float_bits(bits_float(a) + 0.5f) - float_bits(0.5f);
-  const uint32_t finite = a < (113u << 23) ? tiny : normal;
-  const uint32_t limited = a >= 0x477FF000u ? 0x7C00u : finite;  // 65520 and above overflow
-  return static_cast<uint16_t>(sign | (a > 0x7F800000u ? 0x7E00u : limited));
+  uint32_t code = a < (113u << 23) ? tiny : normal;
+  code = a >= 0x477FF000u ? 0x7C00u : code;  // 65520 and above overflow
+  code = a > 0x7F800000u ? 0x7E00u : code;
+  return static_cast<uint16_t>(sign | code);
 }
 
 // draw: 0 .. 65535. The unit is the fp16 spacing at |x| (2^-24 below 2^-14); the discarded fraction
@@ -65,17 +68,21 @@ LOWP_HD uint16_t float_to_fp16_sr(float x, uint32_t draw) {
   const uint32_t normal = (a - (112u << 23) + (draw >> 3)) >> 13;  // 13 discarded bits
   // Below 2^-14: |x| = m * 2^(e-150), in units of 2^-24 that is m >> (126 - e).
   const uint32_t m = (a & 0x007FFFFFu) | (e > 0 ? 0x00800000u : 0u);
-  const uint32_t wide = 126u - (e < 102u ? 102u : (e > 112u ? 112u : e));  // 14 .. 24
-  const uint32_t below = e < 102u ? 102u - (e > 0 ? e : 1u) : 0u;          // further shift, 0 .. 101
-  const uint32_t shifted = below > 31u ? 0u : m >> below;
+  uint32_t limited = e > 112u ? 112u : e;
+  limited = limited < 102u ? 102u : limited;
+  const uint32_t wide = 126u - limited;                                    // 14 .. 24
+  const uint32_t lowest = e > 0u ? e : 1u;
+  const uint32_t below = lowest < 102u ? 102u - lowest : 0u;               // further, 0 .. 101
+  const uint32_t shifted = below > 31u ? 0u : m >> (below & 31u);
   const uint32_t q = shifted >> wide;
   const uint32_t discarded = shifted & ((1u << wide) - 1u);
   const uint32_t frac16 = wide >= 16u ? discarded >> (wide - 16u) : discarded << (16u - wide);
   const uint32_t tiny = q + ((frac16 + draw) >> 16);
-  const uint32_t finite = a < (113u << 23) ? tiny : normal;
-  const uint32_t limited = finite > 0x7BFFu ? 0x7BFFu : finite;
-  const uint32_t special = a > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  return static_cast<uint16_t>(sign | (a >= 0x7F800000u ? special : limited));
+  uint32_t code = a < (113u << 23) ? tiny : normal;
+  code = code > 0x7BFFu ? 0x7BFFu : code;
+  code = a >= 0x7F800000u ? 0x7C00u : code;
+  code = a > 0x7F800000u ? 0x7E00u : code;
+  return static_cast<uint16_t>(sign | code);
 }
 
 // |v| below 2^22: nearest integer, ties to even, by the fp32 adder.

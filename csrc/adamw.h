@@ -1,0 +1,44 @@
+// adamw: one pass over every tensor: unscale, decay, moments, update, one rounding at each store.
+#pragma once
+#include "kernel.h"
+#include "numerics/philox.h"
+
+namespace lowp {
+
+enum class State : int { fp32 = 0, bf16 = 1, fp16 = 2, codes = 3 };  // the first three as Float
+
+// One tensor as a row of the table that Python fills: 64-bit words, then its floats in another table.
+struct AdamWTensor {
+  void* param;             // [rows, cols], contiguous, like all below
+  const void* grad;
+  void* exp_avg;           // floats, or int8 codes with one scale a block of 256 along cols
+  void* exp_avg_sq;        // floats, or uint8 codes of its square root, alike
+  float* exp_avg_scale;    // [rows, ceil(cols / 256)] or null
+  float* exp_avg_sq_scale;
+  void* max_exp_avg_sq;    // floats, or null without amsgrad
+  int64_t rows, cols;
+  int64_t param_type, grad_type, state_type, max_type;
+  int64_t step;            // of the draws
+  int64_t id;              // of the draws
+  int64_t offset;          // global index of the first element
+};
+
+struct AdamWScalars {      // one a tensor, as steps may differ
+  float step_size;         // lr / (1 - beta1^step)
+  float inv_sqrt_bc2;      // 1 / sqrt(1 - beta2^step)
+};
+
+struct AdamWArgs {
+  const AdamWTensor* tensors;   // [count]
+  const AdamWScalars* scalars;  // [count]
+  int64_t count;
+  float one_minus_beta1, one_minus_beta2, eps, decay, inv_scale;  // decay: 1 - lr * weight_decay
+  bool maximize;
+  Rounding rounding, state_rounding;
+  uint64_t seed;
+  int threads;
+};
+
+}  // namespace lowp
+
+LOWP_CPU_KERNEL(adamw, AdamWArgs)

@@ -1,0 +1,62 @@
+#include "sgd.h"
+
+#include "cpu/states.h"
+
+namespace lowp {
+namespace LOWP_ISA {
+namespace {
+
+// Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, with
+// the momentum as torch defines it. buf: null without momentum.
+// Options are template parameters and scalars values, so that the loop becomes a vector loop.
+template <bool kMomentum, bool kNesterov>
+void update(const SgdArgs a, bool first, const float* __restrict g, float* __restrict p,
+            float* __restrict buf, int n) {
+  const float sign = a.maximize ? -a.inv_scale : a.inv_scale;
+  const float momentum = a.momentum, fresh = a.one_minus_dampening;
+  const float weight_decay = a.weight_decay, lr = a.lr;
+  for (int i = 0; i < n; ++i) {
+    float d = g[i] * sign;
+    d = weight_decay != 0.0f ? d + p[i] * weight_decay : d;
+    if (kMomentum) {
+      const float b = canonical_nan(first ? d : buf[i] * momentum + d * fresh);
+      buf[i] = b;
+      d = kNesterov ? d + b * momentum : b;
+    }
+    p[i] = canonical_nan(p[i] - d * lr);
+  }
+}
+
+}  // namespace
+
+void sgd(const SgdArgs& a) {
+  for_each_run(a.tensors, a.count, a.threads, [&](int64_t index, const Run& r) {
+    const SgdTensor& t = a.tensors[index];
+    float p[kRun], g[kRun], buf[kRun];
+    const bool momentum = t.momentum != nullptr;
+    load_floats(t.param, Float(t.param_type), r.begin, r.n, p);
+    load_floats(t.grad, Float(t.grad_type), r.begin, r.n, g);
+    if (momentum) load_signed(t.momentum, t.momentum_scale, t.state_type, r, buf);
+    if (!momentum) {
+      update<false, false>(a, false, g, p, buf, r.n);
+    } else if (a.nesterov) {
+      update<true, true>(a, t.step == 1, g, p, buf, r.n);
+    } else {
+      update<true, false>(a, t.step == 1, g, p, buf, r.n);
+    }
+
+    RunDraws draws;
+    const auto of = [&](Rounding rounding, uint32_t role, int64_t type) {
+      const bool needed = rounding == Rounding::stochastic && type != int64_t(Float::fp32);
+      return draws.of(needed, a.seed, t.step, t.id, role, t.offset + r.begin, r.n);
+    };
+    store_any(p, of(a.rounding, 0, t.param_type), t.param_type, r, t.param);
+    if (momentum) {
+      store_signed(buf, of(a.state_rounding, 1, t.state_type), t.state_type, r, t.momentum,
+                   t.momentum_scale);
+    }
+  });
+}
+
+}  // namespace LOWP_ISA
+}  // namespace lowp

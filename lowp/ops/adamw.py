@@ -1,0 +1,150 @@
+"""adamw: one fused update of many tensors, in place."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowp.native import cpu_extension
+from lowp.ops import update
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.reference import adamw as reference
+
+adamw = Op(
+    "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] max_exp_avg_sqs, "
+    "Tensor(g!)[] steps, Tensor lr, float beta1, float beta2, float weight_decay, float eps, "
+    "bool maximize, str rounding, str state_rounding, int seed, int[] tensors, int[] offsets, "
+    "Tensor? grad_scale, Tensor? found_inf) -> ()"
+)
+"""AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2).
+
+For each tensor, in fp32 registers::
+
+    g = grad / grad_scale
+    m += (1 - beta1) (g - m);  v += (1 - beta2) (g g - v)
+    p = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+and one rounding at each store. The update uses the fresh m and v, not what was stored of them.
+
+Args:
+    params: fp32, bf16 or fp16, any shapes; a strided one is updated through a copy.
+    grads: like the params, of any float type.
+    exp_avgs, exp_avg_sqs: contiguous; floats, or int8 and uint8 codes (lowp.reference.codec; the
+        latter of the square root) of blocks of 256 along the last dimension.
+    exp_avg_scales, exp_avg_sq_scales: fp32 scales of the codes; empty tensors for float states.
+    max_exp_avg_sqs: largest second moments (AMSGrad), floats; an empty list without.
+    steps: 0-dim fp32 updates applied so far; each is advanced by one.
+    lr: 0-dim.
+    rounding, state_rounding: of params and of states that are not fp32: ``"nearest"`` or
+        ``"stochastic"``.
+    seed, tensors, offsets: of the draws: one 32-bit id and the global index of the first element a
+        tensor (:mod:`lowp.key`).
+    grad_scale, found_inf: of a gradient scaler; if ``found_inf`` is not 0, nothing changes.
+
+Raises:
+    TypeError, ValueError: lists, types or shapes that do not fit, an expanded parameter.
+"""
+
+_Tensors = Sequence[Tensor]
+
+
+@adamw.check
+def _check(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
+           exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
+           steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
+           maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
+           offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    require_choice("adamw", "rounding", rounding, ROUNDINGS)
+    require_choice("adamw", "state_rounding", state_rounding, ROUNDINGS)
+    update.require_float_lists("adamw", params=params, grads=grads,
+                               max_exp_avg_sqs=max_exp_avg_sqs)
+    update.require_lists("adamw", params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    if max_exp_avg_sqs:
+        update.require_lists("adamw", params, max_exp_avg_sqs=max_exp_avg_sqs)
+    sizes = {"steps": len(steps), "tensors": len(tensors), "offsets": len(offsets),
+             "exp_avg_scales": len(exp_avg_scales), "exp_avg_sq_scales": len(exp_avg_sq_scales)}
+    for name, size in sizes.items():
+        if size != len(params):
+            raise ValueError(
+                f"lowp::adamw: {name} must have {len(params)} entries, one a parameter, got {size}"
+            )
+    update.require_states("adamw", "exp_avgs", torch.int8, exp_avgs, exp_avg_scales)
+    update.require_states("adamw", "exp_avg_sqs", torch.uint8, exp_avg_sqs, exp_avg_sq_scales)
+    for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
+        if m.dtype != v.dtype and m.dtype != torch.int8:
+            raise TypeError(
+                f"lowp::adamw: exp_avgs[{i}] and exp_avg_sqs[{i}] must be of one type (or int8 "
+                f"and uint8), got {m.dtype} and {v.dtype}"
+            )
+    update.require_in_place("adamw", params)
+
+
+@adamw.fake
+def _fake(*args: object) -> None:
+    return None
+
+
+@adamw.kernel("reference")
+def _reference(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
+               exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
+               steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float,
+               eps: float, maximize: bool, rounding: str, state_rounding: str, seed: int,
+               tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+               found_inf: Tensor | None) -> None:
+    if update.is_skipped(found_inf):
+        return
+    inv_scale = update.inv_scale_of(grad_scale)
+    for i, step in enumerate(update.advance(steps)):
+        reference.adamw(
+            params[i].detach(), grads[i], exp_avgs[i], exp_avg_sqs[i], exp_avg_scales[i],
+            exp_avg_sq_scales[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None, lr.item(),
+            beta1, beta2, weight_decay, eps, maximize, inv_scale, rounding, state_rounding,
+            reference.Noise(seed, step, tensors[i], offsets[i]),
+        )
+
+
+@adamw.kernel("cpu")
+def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
+         exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
+         steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
+         maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
+         offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if update.is_skipped(found_inf):
+        return
+    rate = lr.item()
+    grads = [g.contiguous() for g in grads]
+    maxima = [m.contiguous() for m in max_exp_avg_sqs]
+    table, scalars = bytearray(), bytearray()
+    known: dict[int, tuple[float, float]] = {}
+    with update.contiguous_params(params) as work:
+        for i, step in enumerate(update.advance(steps)):
+            p, m, v = work[i], exp_avgs[i], exp_avg_sqs[i]
+            if p.numel() == 0:
+                continue
+            if step not in known:
+                known[step] = reference.scalars(step, rate, beta1, beta2)
+            table += struct.pack(  # csrc/adamw.h: AdamWTensor
+                "<16q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
+                exp_avg_scales[i].data_ptr(), exp_avg_sq_scales[i].data_ptr(),
+                maxima[i].data_ptr() if maxima else 0, *update.rows_cols_of(p), FLOATS[p.dtype],
+                FLOATS[grads[i].dtype], update.STATE_TYPES[m.dtype],
+                FLOATS[maxima[i].dtype] if maxima else 0, step, tensors[i], offsets[i],
+            )
+            scalars += struct.pack("<2f", *known[step])
+        if not table:
+            return
+        rows = torch.frombuffer(table, dtype=torch.int64)
+        floats = torch.frombuffer(scalars, dtype=torch.float32)
+        cpu_extension().adamw(
+            rows.data_ptr(), floats.data_ptr(), len(rows) // 16, 1 - beta1, 1 - beta2, eps,
+            1 - rate * weight_decay, update.inv_scale_of(grad_scale), maximize,
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
+            torch.get_num_threads(),
+        )
+    for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
+        if m.data_ptr() != work_m.data_ptr():
+            m.copy_(work_m)

@@ -1,0 +1,114 @@
+"""What the optimizer updates share: checks of their tensor lists, and how kernels see the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lowp.ops.library import FLOATS
+from lowp.reference.adamw import fp32
+from lowp.reference.codec import BLOCK
+
+CODES = 3  # csrc/adamw.h: State
+STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}
+
+
+def require_lists(op: str, params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    """ValueError unless every list has one tensor a parameter, of its shape and device."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"lowp::{op}: {name} must have {len(params)} tensors, one a parameter, "
+                f"got {len(tensors)}"
+            )
+        for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
+            if t.shape != p.shape or t.device != p.device:
+                raise ValueError(
+                    f"lowp::{op}: {name}[{i}] must have shape {tuple(p.shape)} on {p.device}, "
+                    f"got {tuple(t.shape)} on {t.device}"
+                )
+
+
+def require_float_lists(op: str, **lists: Sequence[Tensor]) -> None:
+    """TypeError unless all tensors are dense and of a float type."""
+    for name, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if t.layout != torch.strided:
+                raise TypeError(f"lowp::{op}: {name}[{i}] must be dense, got {t.layout}")
+            if t.dtype not in FLOATS:
+                raise TypeError(
+                    f"lowp::{op}: {name}[{i}] must be float32, bfloat16 or float16, got {t.dtype}"
+                )
+
+
+def require_states(op: str, name: str, codes: torch.dtype, states: Sequence[Tensor],
+                   scales: Sequence[Tensor]) -> None:
+    """Raises unless each state is contiguous floats, or ``codes`` with fp32 scales of their blocks."""
+    for i, (state, scale) in enumerate(zip(states, scales, strict=True)):
+        if state.dtype not in (*FLOATS, codes):
+            raise TypeError(
+                f"lowp::{op}: {name}[{i}] must be of a float type or {codes}, got {state.dtype}"
+            )
+        if not state.is_contiguous():
+            raise ValueError(f"lowp::{op}: {name}[{i}] must be contiguous")
+        if state.dtype == codes and (scale.dtype != torch.float32
+                                     or tuple(scale.shape) != scale_shape(state)):
+            raise ValueError(
+                f"lowp::{op}: the scale of {name}[{i}] must be float32 {scale_shape(state)}, "
+                f"got {scale.dtype} {tuple(scale.shape)}"
+            )
+
+
+def scale_shape(x: Tensor) -> tuple[int, ...]:
+    """The shape of the scales of ``x`` as 8-bit codes: one a block of 256 along the last dimension."""
+    if x.dim() == 0:
+        return (1,)
+    return (*x.shape[:-1], -(-x.shape[-1] // BLOCK))
+
+
+def require_in_place(op: str, params: Sequence[Tensor]) -> None:
+    """ValueError for a parameter of which one element lies under several indices."""
+    for i, p in enumerate(params):
+        if 0 in p.stride() and p.numel() > 1 and any(
+            stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)
+        ):
+            raise ValueError(
+                f"lowp::{op}: params[{i}] is expanded (strides {p.stride()}), so it cannot be "
+                "updated in place; pass a contiguous tensor"
+            )
+
+
+def is_skipped(found_inf: Tensor | None) -> bool:
+    """Whether a gradient scaler found Inf or NaN, so that nothing may change."""
+    return found_inf is not None and bool(found_inf.item() != 0)
+
+
+def inv_scale_of(grad_scale: Tensor | None) -> float:
+    """1 / grad_scale, rounded once to fp32."""
+    return 1.0 if grad_scale is None else fp32(1.0 / grad_scale.item())
+
+
+def rows_cols_of(x: Tensor) -> tuple[int, int]:
+    """A parameter as a matrix; a 0-dim one is 1 x 1."""
+    cols = x.shape[-1] if x.dim() else 1
+    return x.numel() // cols, cols
+
+
+@contextmanager
+def contiguous_params(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters, or contiguous copies that are copied back at the end."""
+    work = [p.detach().contiguous() for p in params]
+    yield work
+    for p, w in zip(params, work, strict=True):
+        if w.data_ptr() != p.data_ptr():
+            p.detach().copy_(w)
+
+
+def advance(steps: Sequence[Tensor]) -> list[int]:
+    """Count one applied update in every 0-dim fp32 step tensor; the new counts."""
+    if steps:
+        torch._foreach_add_(list(steps), 1.0)
+    return [int(s) for s in steps]

@@ -1,0 +1,6 @@
+"""Optimizers with the signatures of ``torch.optim`` and stochastic rounding at every store."""
+
+from lowp.optim.adamw import AdamW
+from lowp.optim.sgd import SGD
+
+__all__ = ["SGD", "AdamW"]
