@@ -1,0 +1,1 @@
+"""Benchmarks: each checks correctness first, then times ratios, and records a JSON under results/."""

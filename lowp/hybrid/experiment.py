@@ -1,0 +1,237 @@
+"""From a configuration to a trained model: data, tokens, network, objectives, run folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lowp.hybrid import checkpoint, config, curves, objectives
+from lowp.hybrid.batches import Stream
+from lowp.hybrid.corpus import Corpus, load_dataset_by_name, load_docstrings, load_files
+from lowp.hybrid.evaluation import HeldOut
+from lowp.hybrid.models import LSTMClassifier, TransformerEncoder
+from lowp.hybrid.run import Log, RunFolder, bytes_per_parameter
+from lowp.hybrid.tokenizer import Tokenizer, train_tokenizer
+from lowp.hybrid.trainer import Outcome, Record, Trainer, WeightedObjective
+from lowp.key import clock, tensor_id
+from lowp.linear import Linear
+from lowp.optim import SGD, AdamW
+
+LABELLED, UNLABELLED = 0, 1  # dataset ids: each stream's order has random bits of its own
+
+
+class ResumeError(RuntimeError):
+    """A run cannot go on as it was: its configuration or its data changed."""
+
+
+@functools.lru_cache(maxsize=2)
+def load_texts(data: config.Data) -> tuple[Corpus, Tokenizer]:
+    """The texts, and a tokenizer trained on those of the training split only."""
+    if data.dataset is not None:
+        corpus = load_dataset_by_name(
+            data.dataset, text_column=data.text_column, label_column=data.label_column,
+            labels=data.labels, seed=data.seed)
+    elif data.path is not None:
+        corpus = load_files(
+            data.path, data.unlabelled, data.heldout, text_column=data.text_column,
+            label_column=data.label_column, labels=data.labels, seed=data.seed)
+    else:
+        corpus = load_docstrings(
+            labels_per_class=data.labels_per_class, classes=data.classes, seed=data.seed)
+    texts = [text for text, _ in corpus.labelled] + corpus.unlabelled
+    return corpus, train_tokenizer(texts, data.vocab_size, data.tokenizer)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """SHA-256 over every text and label in order: what a checkpoint was trained on."""
+    parts = [corpus.labelled, corpus.unlabelled, corpus.heldout, corpus.classes]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def build_model(settings: config.Config, vocab_size: int, classes: int) -> nn.Module:
+    """The network with weights of the seed; every lowp layer is keyed by its qualified name."""
+    model, linear = settings.model, settings.precision.linear
+    torch.manual_seed(settings.seed)
+    numbers: dict[str, Any] = {
+        "precision": "fp32" if linear == "torch" else linear, "baseline": linear == "torch",
+        "dropout": model.dropout, "seed": settings.seed,
+    }
+    network: nn.Module
+    if model.kind == "lstm":
+        network = LSTMClassifier(
+            vocab_size, classes, embedding=model.embedding, hidden=model.width,
+            layers=model.layers, bidirectional=model.bidirectional, **numbers)
+    else:
+        network = TransformerEncoder(
+            vocab_size, classes, width=model.width, depth=model.layers, heads=model.heads,
+            max_length=settings.data.max_length, **numbers)
+    if settings.precision.weights == "bf16":
+        network = network.to(torch.bfloat16)
+    for name, module in network.named_modules():
+        if isinstance(module, Linear):
+            module.noise_id = tensor_id(name)
+    return network
+
+
+def build_optimizer(settings: config.Optimizer, model: nn.Module, seed: int) -> Optimizer:
+    """The optimizer over the model's parameters; lowp's know their names."""
+    adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps,
+                            "weight_decay": settings.weight_decay}
+    ours: dict[str, Any] = {"rounding": settings.rounding, "seed": seed}
+    if settings.kind == "torch_adamw":
+        return torch.optim.AdamW(model.parameters(), **adam)
+    if settings.kind == "adamw":
+        return AdamW(model.named_parameters(), **adam, state_dtype=settings.state_dtype, **ours)
+    return SGD(model.named_parameters(), lr=settings.lr, momentum=settings.momentum,
+               weight_decay=settings.weight_decay, **ours)
+
+
+def build_objective(settings: config.Objective, steps: int, is_causal: bool,
+                    seed: int) -> WeightedObjective:
+    """An objective with its weight, which is a ramp over a part of the steps or constant."""
+    objective: Any
+    if isinstance(settings, config.Supervised):
+        objective = objectives.Supervised(label_smoothing=settings.label_smoothing)
+    elif isinstance(settings, config.LanguageModel):
+        objective = objectives.CausalLM() if is_causal \
+            else objectives.MaskedLM(rate=settings.mask_rate, seed=seed)
+    elif isinstance(settings, config.PseudoLabel):
+        objective = objectives.PseudoLabel(threshold=settings.threshold)
+    else:
+        objective = objectives.Consistency(threshold=settings.threshold, seed=seed)
+    weight: float | Callable[[int], float]
+    if isinstance(settings.weight, config.Ramp):
+        ramp = settings.weight
+        length = max(1, round(ramp.fraction * steps))
+        weight = objectives.Ramp(kind=ramp.kind, start=ramp.start, end=ramp.end, steps=length)
+    else:
+        weight = settings.weight
+    return WeightedObjective(objective, weight)
+
+
+@dataclass
+class Experiment:
+    """A run that is ready to train.
+
+    Attributes:
+        tokenizer: what turns texts into the model's tokens.
+        facts: of the data, for the summary.
+        fingerprint: of the data, for the checkpoint.
+    """
+
+    config: config.Config
+    trainer: Trainer
+    heldout: HeldOut
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+    fingerprint: str
+
+    def stamped(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The trainer's state with what it belongs to."""
+        return {"config": self.config.digest(), "data": self.fingerprint, "trainer": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that was :meth:`stamped`.
+
+        Raises:
+            ResumeError: it is of another configuration or other data.
+        """
+        if state.get("config") != self.config.digest():
+            raise ResumeError("the checkpoint is of another configuration than config.yaml")
+        if state.get("data") != self.fingerprint:
+            raise ResumeError("the texts are no longer those that the run was trained on")
+        self.trainer.load_state_dict(state["trainer"])
+
+
+def build(settings: config.Config) -> Experiment:
+    """Load the data and make everything that the configuration names.
+
+    Raises:
+        ValueError, OSError: the data cannot be read or do not fit the configuration.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    clock.set(1)
+    data = settings.data
+    corpus, tokenizer = load_texts(data)
+    labelled = tokenizer.encode_batch([text for text, _ in corpus.labelled], data.max_length)
+    unlabelled = tokenizer.encode_batch(corpus.unlabelled, data.max_length)
+    heldout = tokenizer.encode_batch([text for text, _ in corpus.heldout], data.max_length)
+    labels = [label for _, label in corpus.labelled]
+    model = build_model(settings, tokenizer.vocab_size, len(corpus.classes))
+    terms = [
+        build_objective(o, settings.steps, bool(model.is_causal), settings.seed)
+        for o in settings.objectives
+    ]
+    evaluate = HeldOut(heldout, [label for _, label in corpus.heldout], len(corpus.classes),
+                       settings.eval_batch_size)
+    # The labelled texts are read by the unsupervised objectives too, without their labels.
+    without_labels = [(tokens, None) for tokens in [*unlabelled, *labelled]]
+    trainer = Trainer(
+        model, build_optimizer(settings.optimizer, model, settings.seed), terms,
+        Stream(list(zip(labelled, labels, strict=True)), settings.batch_size, settings.seed,
+               LABELLED),
+        Stream(without_labels, settings.ratio * settings.batch_size, settings.seed, UNLABELLED),
+        steps=settings.steps, warmup=settings.optimizer.warmup, clip=settings.optimizer.clip,
+        max_skipped=settings.max_skipped, evaluate=evaluate, eval_every=settings.eval_every,
+        checkpoint_every=settings.checkpoint_every,
+    )
+    facts = {
+        "name": corpus.name, "classes": len(corpus.classes), "labelled": len(corpus.labelled),
+        "unlabelled": len(corpus.unlabelled), "held-out": len(corpus.heldout),
+        "vocabulary": tokenizer.vocab_size, "most frequent class": evaluate.chance(),
+    }
+    return Experiment(settings, trainer, evaluate, tokenizer, facts, fingerprint(corpus))
+
+
+def train(folder: RunFolder, watch: Callable[[Record], None] = lambda record: None,
+          ready: Callable[[Experiment], None] = lambda experiment: None,
+          ) -> tuple[Outcome, dict[str, Any]]:
+    """Train the run of a folder, from its newest whole checkpoint if there is one.
+
+    Args:
+        watch: called with every record after it is logged.
+        ready: called once before the first step.
+
+    Returns:
+        Why training ended, and the summary; a run that was finished before is only summed up.
+
+    Raises:
+        ResumeError, checkpoint.CheckpointError: the run cannot go on.
+    """
+    experiment = build(folder.config)
+    trainer = experiment.trainer
+    if checkpoint.checkpoints(folder.checkpoints):
+        experiment.load_state_dict(checkpoint.restore(folder.checkpoints).state)
+    (folder.path / "tokenizer.json").write_text(experiment.tokenizer.to_json(), encoding="utf-8")
+    log = Log(folder.path, trainer.step)
+
+    def record(entry: Record) -> None:
+        log.write(entry)
+        watch(entry)
+
+    def save(step: int, state: dict[str, Any]) -> None:
+        log.sync()
+        checkpoint.save(folder.checkpoints, step, experiment.stamped(state), folder.config.keep)
+
+    trainer.record, trainer.save = record, save
+    ready(experiment)
+    try:
+        outcome = trainer.run()
+    finally:
+        log.close()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    memory = bytes_per_parameter(trainer.model, trainer.optimizer)
+    summary = folder.summarize(outcome.status, trainer.best, memory, parameters, experiment.facts)
+    curves.draw_losses(folder.records(), folder.path / "loss.png")
+    curves.draw_accuracy({folder.path.name: folder.records()}, folder.path / "accuracy.png",
+                         experiment.heldout.chance())
+    return outcome, summary

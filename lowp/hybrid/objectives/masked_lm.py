@@ -1,0 +1,81 @@
+"""Masked-token modelling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowp.hybrid.batches import Batch
+from lowp.hybrid.objectives.result import (
+    ObjectiveResult,
+    TextModel,
+    mean_cross_entropy,
+    part_equal,
+)
+from lowp.hybrid.padding import valid_mask
+from lowp.hybrid.random import integers, row_draws, sample_rows, stream_id
+from lowp.hybrid.tokenizer import MASK, SPECIAL
+from lowp.key import Role, clock
+
+
+class MaskedLM:
+    """``L = mean over the chosen positions of CE(logits_t, x_t)``, in fp32, x being hidden there.
+
+    Devlin et al., "BERT", NAACL 2019, section 3.1: each token is chosen with probability ``rate``;
+    of the chosen, 80 % become the mask token, 10 % a random one, 10 % stay. Special tokens are
+    neither chosen nor drawn. The choice is keyed by (seed, step, pass, sample, position).
+
+    Args:
+        rate: in (0, 1), taken to a multiple of 2^-16; 0.15 by default.
+        seed: of the choice.
+
+    Metrics: ``mask_rate``, the chosen part of all tokens that may be; ``token_accuracy`` on them.
+
+    Raises:
+        ValueError: rate out of range; when called, a causal model, which sees one side only.
+    """
+
+    name = "masked_lm"
+    stream = "unlabelled"
+
+    def __init__(self, rate: float = 0.15, seed: int = 0) -> None:
+        if not 0 < rate < 1:
+            raise ValueError(f"lowp.hybrid.MaskedLM: rate must be in (0, 1), got {rate}")
+        self.rate, self.seed = rate, seed
+
+    def corrupt(self, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """The tokens with some hidden, int64 [B, T], and which were chosen, bool [B, T]."""
+        tokens = batch.tokens
+        rows, width = batch.sample_ids, tokens.shape[1]
+        step = int(clock.step)
+
+        def bits(use: str) -> Tensor:
+            return row_draws(rows, width, self.seed, step, stream_id(use),
+                             Role.MASKING).to(tokens.device)
+
+        allowed = valid_mask(batch.lengths.to(tokens.device), width) & (tokens >= len(SPECIAL))
+        chosen = allowed & (bits("masked_lm/choice") < round(self.rate * 65536))
+        fate = bits("masked_lm/fate")
+        ordinary = vocab_size - len(SPECIAL)
+        other = len(SPECIAL) + integers(rows, width, ordinary, self.seed, step,
+                                        stream_id("masked_lm/token"), Role.MASKING)
+        hidden = torch.where(fate < round(0.9 * 65536), other.to(tokens.device), tokens)
+        hidden = torch.where(fate < round(0.8 * 65536), MASK, hidden)
+        return torch.where(chosen, hidden, tokens), chosen
+
+    def __call__(self, model: TextModel, batch: Batch) -> ObjectiveResult:
+        """The loss of one batch."""
+        if model.is_causal:
+            raise ValueError("lowp.hybrid.MaskedLM: expected a model with is_causal=False, got "
+                             f"{type(model).__name__}, which sees one side of a hidden token only")
+        corrupted, chosen = self.corrupt(batch, model.vocab_size)
+        with sample_rows(batch.sample_ids):
+            hidden = model.encode(corrupted, batch.lengths)  # [B, T, H]
+        logits = model.token_logits(hidden[chosen])  # [N, V]
+        targets = batch.tokens[chosen]
+        valid = valid_mask(batch.lengths.to(chosen.device), chosen.shape[1])
+        candidates = int((valid & (batch.tokens >= len(SPECIAL))).sum())
+        return ObjectiveResult(mean_cross_entropy(logits, targets), {
+            "mask_rate": targets.numel() / max(1, candidates),
+            "token_accuracy": part_equal(logits.argmax(-1), targets),
+        })
