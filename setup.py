@@ -1,4 +1,4 @@
-"""Builds lowp's CPU kernels: every kernel once per instruction set, with ninja; torch is not needed.
+"""Builds lowp's CPU kernels, each once per instruction set, with ninja; torch is not needed.
 
 Environment
     LOWP_REQUIRE_NATIVE=1   a failed native build fails the install (else: pure Python, said loudly)
@@ -24,17 +24,17 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-COMMON_FLAGS = (
-    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra "
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
-).split()
+COMMON_FLAGS = [
+    "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+]
 ISA_FLAGS = {
     "baseline": [],
-    "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512": (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
-        "-mavx512bf16 -mprefer-vector-width=512"
-    ).split(),
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+        "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512",
+    ],
 }
 
 
@@ -88,7 +88,8 @@ class NinjaBuild(build_ext):
             target.unlink(missing_ok=True)
             reason = " ".join(str(error).split()) or type(error).__name__
             if os.environ.get("LOWP_REQUIRE_NATIVE") == "1":
-                raise CompileError(f"LOWP_REQUIRE_NATIVE=1 and the build failed: {reason}") from error
+                raise CompileError(
+                    f"LOWP_REQUIRE_NATIVE=1 and the build failed: {reason}") from error
             record.write_text(json.dumps({"native": False, "reason": reason}) + "\n")
             self.keep_in_source(record)
             print(f"\n*** lowp: NATIVE KERNELS NOT BUILT, installing pure Python: {reason} ***\n",
@@ -108,7 +109,7 @@ class NinjaBuild(build_ext):
         if platform.machine().lower() not in ("x86_64", "amd64"):
             raise CompileError(f"the CPU kernels are written for x86-64, not {platform.machine()}")
         if sys.platform == "win32":
-            raise CompileError("the native build needs GCC or Clang, which Windows lacks by default")
+            raise CompileError("the native build needs GCC or Clang, which Windows lacks")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(self.ninja_file(target))

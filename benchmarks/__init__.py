@@ -1,1 +1,1 @@
-"""Benchmarks: each checks correctness first, then times ratios, and records a JSON under results/."""
+"""Benchmarks: each checks correctness, then times ratios, and records a JSON under results/."""

@@ -1,4 +1,4 @@
-"""How everything here is timed: candidates in one process, interleaved, medians; and what is recorded."""
+"""How everything here is timed: in one process, interleaved, medians; and what is recorded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
 
 
 def record(stem: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows, with the environment, to ``results/<stem>.json``; rounds seconds to 4 digits."""
+    """Write the rows, with the environment, to ``results/<stem>.json``; seconds have 4 digits."""
     rounded = [
         {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         for row in rows

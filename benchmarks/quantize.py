@@ -19,7 +19,7 @@ DIMS = {"tensor": None, "row": -1, "column": 0}
 
 
 def eager(x: torch.Tensor, dim: int | None, stochastic: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The usual five lines; its stochastic rounding is floor(x + rand), which moves exact integers."""
+    """The usual five lines; their floor(x + rand) moves exact integers, too."""
     amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     scale = amax.float() / 127
     v = x.float() / scale
@@ -41,7 +41,8 @@ def test_quantize(compare: Compare, granularity: str, rounding: str) -> None:
         "lowp": lambda: quantize(x, *arguments),
         "torch eager": lambda: eager(x, DIMS[granularity], rounding == "stochastic"),
     }
-    compare({"op": "quantize", "granularity": granularity, "rounding": rounding}, candidates, "lowp")
+    labels = {"op": "quantize", "granularity": granularity, "rounding": rounding}
+    compare(labels, candidates, "lowp")
 
 
 def test_row_and_column_in_one_pass(compare: Compare) -> None:

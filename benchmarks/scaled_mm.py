@@ -1,4 +1,4 @@
-"""scaled_mm against torch's int8 product with its scales after it, and against torch's float products.
+"""scaled_mm against torch's int8 product with scales after it, and torch's float products.
 
     pytest benchmarks/scaled_mm.py --benchmark-enable
 """

@@ -115,7 +115,7 @@ def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
         if wanted == "cpu" and device.type != "cpu":
             raise BackendError(f"lowp::{op}: backend 'cpu' was asked for a {device.type} tensor")
         return Choice(wanted, [])
-    refused = []
+    refused: list[tuple[str, str]] = []
     for name in ORDER.get(device.type, ("triton",)):
         reason = _reason(name) or ("" if name in implemented else f"{op} has no {name} kernel")
         if not reason:

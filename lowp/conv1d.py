@@ -10,7 +10,7 @@ from lowp.linear import linear
 from lowp.recipe import Recipe
 
 
-class Conv1D(_Conv1D):  # type: ignore[misc]
+class Conv1D(_Conv1D):
     """What :func:`lowp.convert` makes of a ``Conv1D``: same parameters, products by a recipe."""
 
     recipe: Recipe

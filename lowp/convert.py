@@ -57,7 +57,8 @@ def _shared(model: nn.Module) -> set[int]:
     return tied
 
 
-def _candidates(model: nn.Module, filter_fn: Filter | None) -> Iterator[tuple[nn.Module, PlanEntry]]:
+def _candidates(model: nn.Module,
+                filter_fn: Filter | None) -> Iterator[tuple[nn.Module, PlanEntry]]:
     tied = _shared(model)
     for fqn, module in model.named_modules():
         if not isinstance(module, nn.Linear) and not _is_conv1d(module) \
@@ -114,7 +115,7 @@ def convert(model: nn.Module, precision: str | int | Recipe = "int8",
         if not entry.converts:
             continue
         if isinstance(module, _lowp_types()):
-            module.recipe = recipe
+            setattr(module, "recipe", recipe)  # noqa: B010 (of either type)
         elif isinstance(module, nn.Linear):
             module.__class__ = Linear
             assert isinstance(module, Linear)

@@ -1,4 +1,4 @@
-"""Which random bits a stochastic rounding uses: a key, and the clock that moves it from step to step.
+"""Which random bits a stochastic rounding uses: a key, and the clock that moves it step by step.
 
 Bits come from Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11)
 under (seed, step, tensor, role, element), so a run repeats itself on any device, thread count or

@@ -59,10 +59,13 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activati
     product = recipe.product("output")
     if not product.is_int8:
         dtype = _compute_dtype(product, x, w)
-        return linear_op(x.to(dtype), w.to(dtype), bias, activation, x.dtype, save_preact)
+        y, preact = linear_op(x.to(dtype), w.to(dtype), bias, activation, x.dtype, save_preact)
+        return y, preact
     x_codes, x_scale = noise.codes(x, product.left, Role.X_CODES)
     w_codes, w_scale = noise.codes(w, product.right, Role.WEIGHT_CODES)
-    return scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype, save_preact)
+    y, preact = scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype,
+                          save_preact)
+    return y, preact
 
 
 def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, out: torch.dtype,
@@ -71,10 +74,12 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
     product = recipe.product("grad_input")
     if not product.is_int8:
         dtype = _compute_dtype(product, dz, w)
-        return linear_dgrad(dz.to(dtype), w.to(dtype), out)
+        dx: Tensor = linear_dgrad(dz.to(dtype), w.to(dtype), out)
+        return dx
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
     w_codes, w_scale = noise.transposed_codes(w, product.right, Role.WEIGHT_CODES)
-    return scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
+    dx = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
+    return dx
 
 
 def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,
@@ -145,20 +150,21 @@ class _Second(torch.autograd.Function):
                 "are piecewise constant; use an fp32, fp16 or bf16 recipe for create_graph=True"
             )
         with torch.enable_grad():
-            dy, x, w, bias = [
+            leaves: list[Any] = [
                 None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
             ]
+            dy, x, w, bias = leaves
             z = nn.functional.linear(x.float(), w.float(), None if bias is None else bias.float())
             y = _activate(z, activation)
             inputs = [t for t, need in zip((x, w, bias), needs, strict=True) if need]
             first = torch.autograd.grad(y, inputs, dy.float(), create_graph=True)
             given = [g for g, need in zip(grads, needs, strict=True) if need]
             pairs = [(f, g.to(f.dtype)) for f, g in zip(first, given, strict=True) if g is not None]
-            wanted = [t for t in (dy, x, w, bias) if t is not None]
+            wanted = [t for t in leaves if t is not None]
             second = torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs],
                                          allow_unused=True)
         found = iter(second)
-        result = [None if t is None else next(found) for t in (dy, x, w, bias)]
+        result = [None if t is None else next(found) for t in leaves]
         return (*result, None, None, None)
 
 
@@ -180,7 +186,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe,
                 activation: str, seed: int, step: Tensor, tensor: int) -> Tensor:
         noise = _Noise(seed, step, tensor)
-        need_x, need_w = ctx.needs_input_grad[:2]
+        need_w = ctx.needs_input_grad[1]
         save_preact = activation != "none" and any(ctx.needs_input_grad[:3])
         y, preact = _forward(x, w, bias, recipe, activation, noise, save_preact)
         codes: tuple[Tensor, ...] = ()
@@ -204,7 +210,9 @@ class LinearFunction(torch.autograd.Function):
         x_codes = (codes[0], codes[1]) if codes else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             options = (needs, recipe, activation, noise)
-            return (*_Second.apply(dy, x, w, bias, preact, x_codes, options), *[None] * 5)
+            second = _Second.apply(  # type: ignore[no-untyped-call]
+                dy, x, w, bias, preact, x_codes, options)
+            return (*second, *[None] * 5)
         found = _gradients(dy, x, w, preact, x_codes, None if bias is None else bias.dtype, needs,
                            recipe, activation, noise)
         return (*found, *[None] * 5)
@@ -247,7 +255,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     lead = x.shape[:-1]
     rows = x.reshape(math.prod(lead), x.shape[-1])
     if torch.is_grad_enabled():
-        y = LinearFunction.apply(rows, weight, bias, chosen, activation, seed, step, tensor)
+        y = LinearFunction.apply(  # type: ignore[no-untyped-call]
+            rows, weight, bias, chosen, activation, seed, step, tensor)
     else:
         noise = _Noise(seed, step, tensor)
         y = _forward(rows, weight, bias, chosen, activation, noise, False)[0]
@@ -286,8 +295,8 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int8_full"``, 32, 16 (fp16), 8,
-            or a :class:`lowp.Recipe`.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int8_full"``, 32, 16 (fp16),
+            8, or a :class:`lowp.Recipe`.
         activation: fused after the bias, see :func:`linear`.
         name: the layer's qualified name; its crc32 keys the random bits. Without one, the number
             of layers made before in this process does.

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (loads torch's OpenMP runtime first, which the kernels then share)
+import torch  # loads torch's OpenMP runtime first, which the kernels then share
 
 _PACKAGE = Path(__file__).resolve().parent
 

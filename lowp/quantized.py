@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
         scale: fp32; tensor [], row [..., 1], column [K], block [..., ceil(K / block)].
         granularity, block: which elements share a scale.
         dtype: the float type that was quantized.
-        gradient: where gradients pass through when the source required one (no memory), or ``None``.
+        gradient: where gradients pass through if the source required one (no memory), or ``None``.
     """
 
     codes: Tensor
@@ -76,9 +76,11 @@ def quantize(x: Tensor, granularity: str = "row", *, block: int = 128, rounding:
     step = clock.step if key.step is None else torch.tensor(key.step, dtype=torch.int64)
     options = (granularity, block, rounding, key.seed, step, key.tensor, int(key.role), offset)
     if x.requires_grad and torch.is_grad_enabled():
-        codes, scale, gradient = _Quantize.apply(x, *options)
+        codes, scale, gradient = _Quantize.apply(  # type: ignore[no-untyped-call]
+            x, *options)
         return Quantized(codes, scale, granularity, block, x.dtype, gradient)
-    return Quantized(*quantize_op(x, *options), granularity, block, x.dtype)
+    codes, scale = quantize_op(x, *options)
+    return Quantized(codes, scale, granularity, block, x.dtype)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
@@ -89,5 +91,6 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """
     arguments = (q.codes, q.scale, q.granularity, q.block, dtype or q.dtype)
     if q.gradient is not None and torch.is_grad_enabled():
-        return _Dequantize.apply(q.gradient, *arguments)  # type: ignore[no-any-return]
+        return _Dequantize.apply(  # type: ignore[no-any-return, no-untyped-call]
+            q.gradient, *arguments)
     return dequantize_op(*arguments)  # type: ignore[no-any-return]

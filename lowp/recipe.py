@@ -70,7 +70,7 @@ class Recipe:
 
     A string stands for a :class:`Product` of that precision with its default operands: nearest for
     inputs and weights, stochastic for gradients, whose rounding errors would otherwise accumulate
-    as a bias (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, section 3).
+    as a bias (Gupta et al., "Deep learning with limited numerical precision", ICML 2015, sec. 3).
 
     Attributes:
         output, grad_input, grad_weight: the three products.
@@ -132,7 +132,7 @@ def recipe_of(precision: str | int | Recipe) -> Recipe:
     """The recipe that ``precision`` names.
 
     Args:
-        precision: a name (``fp32 fp16 bf16 int8 int8_full``), bits (32, 16 for fp16, 8), or a recipe.
+        precision: a name (``fp32 fp16 bf16 int8 int8_full``), bits (32, 16: fp16, 8), or a recipe.
 
     Raises:
         ValueError: an unknown name or number. TypeError: another type.

@@ -18,7 +18,7 @@ ALL = ("none", "relu", *SMOOTH)
 
 
 def inputs() -> torch.Tensor:
-    """Every sign and exponent with many mantissas, a fine grid where the functions bend, specials."""
+    """Every sign and exponent with many mantissas, a fine grid where functions bend, specials."""
     grid = torch.linspace(-20, 20, 200_001)
     return torch.cat([grid, random_bits(200_000), special_values()])
 
@@ -95,11 +95,11 @@ def test_strides_threads_and_mixed_types(threads, activation):
 
 def test_errors():
     x = torch.randn(3)
-    with pytest.raises(ValueError, match="activation_grad: activation must be one of .*got 'swish'"):
+    with pytest.raises(ValueError, match=r"activation must be one of .*got 'swish'"):
         activation_grad(x, x, "swish")
-    with pytest.raises(ValueError, match=r"dy and preact must have one shape, got \(3,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"dy and preact must have one shape, got \(3,\) and \(2"):
         activation_grad(x, x[:2], "relu")
-    with pytest.raises(TypeError, match="dy must be float32, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dy must be float32, .*, got torch\.int64"):
         activation_grad(x.long(), x, "relu")
 
 

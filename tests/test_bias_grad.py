@@ -43,7 +43,7 @@ def test_bound():
 def test_errors_and_opcheck():
     with pytest.raises(ValueError, match=r"bias_grad: dy must be a matrix, got shape \(3,\)"):
         bias_grad(torch.ones(3))
-    with pytest.raises(TypeError, match="dy must be float32, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(TypeError, match=r"dy must be float32, .*, got torch\.int64"):
         bias_grad(torch.ones(3, 3, dtype=torch.int64))
     for dy in (torch.randn(3, 4), torch.randn(3, 4).t(), torch.randn(0, 4), torch.randn(3, 0)):
         torch.library.opcheck(torch.ops.lowp.bias_grad.default, (dy,))

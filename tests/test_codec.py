@@ -87,7 +87,7 @@ def test_what_is_above_zero_keeps_a_code():
 
 
 def test_inflation_of_the_inverse_root_on_heavy_tails():
-    """The choice of 3 mantissa bits: worst 1/sqrt(v) inflation at most 1.3 on lognormal(sigma = 3)."""
+    """Why 3 mantissa bits: worst 1/sqrt(v) inflation at most 1.3 on lognormal(sigma = 3)."""
     v = (torch.randn(4096, 256).double() * 3).exp().float()
     root = v.sqrt()
     codes, scale = encode(root, False)

@@ -31,7 +31,7 @@ def run(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_gradients_equal_eager(name):
-    """aot_eager runs the traced graph with eager's kernels, so even layer norm has the same bits."""
+    """aot_eager runs the traced graph with eager's kernels: even layer norm has the same bits."""
     torch._dynamo.reset()
     eager = model(name)
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")

@@ -20,9 +20,9 @@ from lowp.recipe import RECIPES
 from tests.tensors import FLOATS, same_bits, strided_forms
 
 NAMES = tuple(RECIPES)
-# Relative Frobenius error of y, dx and dw on Gaussian data. Float products: operands and result each lose
-# half an ulp, sqrt(3) halves in all, twice for the second product of a chain. int8: a row of 256 loses 0.70 %
-# (nearest) or 0.98 % (stochastic), two operands add in squares.
+# Relative Frobenius error of y, dx and dw on Gaussian data. Float products: operands and result
+# each lose half an ulp, sqrt(3) halves in all, twice for the second product of a chain. int8: a row
+# of 256 loses 0.70 % (nearest) or 0.98 % (stochastic), two operands add in squares.
 ERROR = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.2e-2, "int8": 2.0e-2, "int8_full": 2.0e-2}
 
 
@@ -64,8 +64,8 @@ def test_against_fp64(name, activation):
     want.backward(dy.double())
     found = grads(layer, x, dy)
     truth = [want, wide.grad, plain.weight.grad, plain.bias.grad]
-    # An activation's slope adds its own error. relu's jumps where an error e turns a sign, for a share of
-    # about e / pi of the elements, whose gradient is then wrong by all of itself.
+    # An activation's slope adds its own error. relu's jumps where an error e turns a sign, for a
+    # share of about e / pi of the elements, whose gradient is then wrong by all of itself.
     bound = ERROR[name] * (1.0 if activation == "none" else 2.5)
     if activation == "relu":
         bound = ERROR[name] ** 0.5
@@ -280,8 +280,8 @@ def test_gradient_noise_is_unbiased():
     mean = total / count
     sigma = ((squares / count - mean.square()) / count).sqrt()
     z = ((mean - dy.double() @ weight.double()) / sigma).abs()
-    # 4,096 z values: 6.5 is passed by chance once in 3 million runs; the 2^-16 bias of a draw and the
-    # fp32 rounding of a sum of 192 stay below 0.2 sigma of 400 draws.
+    # 4,096 z values: 6.5 is passed by chance once in 3 million runs; the 2^-16 bias of a draw and
+    # the fp32 rounding of a sum of 192 stay below 0.2 sigma of 400 draws.
     assert z.max() < 6.5
     assert 0.6 < z.square().mean().sqrt() < 1.4
 
@@ -289,7 +289,7 @@ def test_gradient_noise_is_unbiased():
 def test_functional_errors():
     x, w = torch.randn(3, 8), torch.randn(5, 8)
     cases = [
-        (ValueError, r"lowp.linear: expected x \[..., K\] and weight \[N, K\], got \(3, 8\) and \(8, 5\)",
+        (ValueError, r"expected x \[..., K\] and weight \[N, K\], got \(3, 8\) and \(8, 5\)",
          lambda: lowp.linear(x, w.t())),
         (ValueError, r"lowp.linear: expected bias of shape \(5,\), got \(3,\)",
          lambda: lowp.linear(x, w, torch.zeros(3))),

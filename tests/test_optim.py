@@ -87,7 +87,7 @@ def test_bad_options(name):
         ours(p, foreach=True, fused=True)
     bad = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     bad.grad = torch.ones_like(bad)
-    with pytest.raises(TypeError, match="parameters must be float32, bfloat16 or float16, got torch.fl"):
+    with pytest.raises(TypeError, match=r"parameters must be float32, .* got torch\.float64"):
         ours([bad]).step()
     sparse = nn.Embedding(4, 3, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
@@ -192,7 +192,8 @@ def test_schedulers_with_float_and_tensor_lr(name):
                 for o, s in ((a, sa), (b, sb)):
                     o.step()
                     s.step(1.0) if "Plateau" in type(s).__name__ else s.step()
-            assert math.isclose(float(a.param_groups[0]["lr"]), b.param_groups[0]["lr"], rel_tol=1e-6)
+            ours_lr, torch_lr = a.param_groups[0]["lr"], b.param_groups[0]["lr"]
+            assert math.isclose(float(ours_lr), torch_lr, rel_tol=1e-6)
             for p, q in zip(ps, qs, strict=True):
                 assert (p - q).abs().max() < 1e-5
 
@@ -319,8 +320,9 @@ def test_decay_only_run_follows_fp32_in_the_mean():
     exact = torch.ones((), dtype=torch.float32)
     for _ in range(steps):
         exact = exact * torch.tensor(1 - 1e-6, dtype=torch.float32)
-    # Each step moves a lane down by one ulp u = 2^-8 with probability x 1e-6 / u: variance u x 1e-6.
-    # Its 16-bit draw cuts x 1e-6 / u = 2.6e-4 to a multiple of 2^-16 below it: up to 6 % of the decay.
+    # Each step moves a lane down by one ulp u = 2^-8 with probability x 1e-6 / u: variance
+    # u x 1e-6. Its 16-bit draw cuts x 1e-6 / u = 2.6e-4 to a multiple of 2^-16 below it: up to 6 %
+    # of the decay.
     sigma = math.sqrt(steps * 1e-6 * 2.0**-8 / lanes)
     decay = 1.0 - exact.item()
     cut = steps * 2.0**-16 * 2.0**-8

@@ -75,7 +75,7 @@ def cloned(case: dict) -> dict:
 
 
 def assert_equal(op, case: dict) -> dict:
-    """Runs both backends on copies; every written tensor must agree. Returns the kernel's copies."""
+    """Runs both backends on copies; every written tensor must agree. Gives the kernel's copies."""
     kernel, truth = cloned(case), cloned(case)
     with lowp.backend("cpu"):
         op(*kernel.values())
@@ -192,7 +192,7 @@ def test_errors():
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, kind):
-    op, make = OPS[name]
+    _, make = OPS[name]
     params = [torch.randn(3, 300).bfloat16(), torch.randn(0, 4), torch.randn(6, 4).t()]
     case = make(params, [torch.randn(p.shape) for p in params], kind)
     torch.library.opcheck(getattr(torch.ops.lowp, name).default, tuple(case.values()))

@@ -1,4 +1,4 @@
-"""quantize, quantize_row_col and dequantize: kernels equal the reference, and the reference the contract."""
+"""quantize, quantize_row_col, dequantize: kernels equal the reference, it equals the contract."""
 
 from __future__ import annotations
 

@@ -47,8 +47,9 @@ def test_every_representable_value_is_a_fixed_point(dtype, draw):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_all_draws_together_are_exact(dtype):
-    """Over all 65536 draws the number of round-ups is the fraction itself: no Monte Carlo needed."""
-    patterns = [0x3F801234, 0x3F80FFFF, 0x00001000, 0x33123456, 0x38012345, 0x44ABCDEF, 0xC2000FFF]
+    """Over all 65536 draws the round-ups number the fraction itself: no Monte Carlo needed."""
+    patterns = [0x3F801234, 0x3F80FFFF, 0x00001000, 0x33123456, 0x38012345, 0x44ABCDEF,
+                0xC2000FFF]
     draws = torch.arange(65536)
     for bits in patterns:
         x = torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32)

@@ -26,7 +26,7 @@ def codes(*shape: int) -> torch.Tensor:
 
 
 def sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The int32 sums: exact in fp32 as long as they stay below 2^24 (K <= 1040), else see callers."""
+    """The int32 sums: exact in fp32 as long as they stay below 2^24 (K <= 1040)."""
     return scaled_mm(a, b, ONE, ONE, None, "none", torch.float32, False)[0]
 
 

@@ -35,12 +35,14 @@ def product_bound(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dt
 
 
 EXP_ULP = 3.0
-"""Cody-Waite's two-part ln 2 leaves r good to 2^-25; polynomial, Horner and scaling add 4 roundings of
-at most half an ulp, of which the last two weigh fully. Measured over all of fp32: 1.9."""
+"""Cody-Waite's two-part ln 2 leaves r good to 2^-25; polynomial, Horner and scaling add 4 roundings
+of at most half an ulp, of which the last two weigh fully. Measured over all of fp32: 1.9."""
 
 ACTIVATION = 5e-6
-"""Of max(|y|, |x| 2^-24). Where y is above |x| 2^-24, the argument of exp is at most 17; the 5 roundings on
-the way to it (constants included) are an absolute error of 17 * 5 * 2^-24, which exp makes relative."""
+"""Of max(|y|, |x| 2^-24). Where y is above |x| 2^-24, the argument of exp is at most 17; the 5
+roundings on the way to it (constants included) are an absolute error of 17 * 5 * 2^-24, which exp
+makes relative."""
 
 DERIVATIVE = 4e-6
-"""Absolute: |x| (1 - s) s multiplies errors of s (2^-23) and of 1 - s by |x| <= 17, where s is not yet 1."""
+"""Absolute: |x| (1 - s) s multiplies errors of s (2^-23) and of 1 - s by |x| <= 17, where s is not
+yet 1."""

@@ -98,7 +98,7 @@ class _GradientNorm:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._norms: dict[int, Tensor] = {}
         for index, parameter in enumerate(parameters):
-            parameter.register_hook(  # type: ignore[no-untyped-call]
+            parameter.register_hook(
                 lambda grad, index=index: self._see(index, grad)
             )
 
@@ -352,7 +352,7 @@ def _random_state() -> dict[str, Any]:
         "numpy": [torch.from_numpy(numpy.asarray(keys).copy()), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops.library import (
-    FLOATS, GRANULARITIES, Op, require_choice, require_float_dtype, rows_cols,
+    FLOATS,
+    GRANULARITIES,
+    Op,
+    require_choice,
+    require_float_dtype,
+    rows_cols,
 )
 from lowp.reference import dequantize as reference
 

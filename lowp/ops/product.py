@@ -1,4 +1,4 @@
-"""The matrix product that linear and its two gradients share: checks and the CPU's choice of kernel."""
+"""The product that linear and its two gradients share: checks and the CPU's choice of kernel."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def _operand(x: Tensor) -> tuple[Any, Tensor]:
 def epilogue_of(bias: Tensor | None, activation: str, y: Tensor, preact: Tensor) -> Any:
     """The kernel's view of what follows a sum; an empty ``preact`` is not written."""
     return cpu_extension().Epilogue(
-        0 if bias is None else bias.data_ptr(), FLOATS[torch.float32 if bias is None else bias.dtype],
+        0 if bias is None else bias.data_ptr(),
+        FLOATS[torch.float32 if bias is None else bias.dtype],
         ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
         preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype],
     )
@@ -74,7 +75,7 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
     """Whether torch's product is the faster one and keeps the contract.
 
     fp32: MKL is 1.2 to 1.4 times as fast as our kernel. bf16: oneDNN is 2 times as fast, but its
-    result is rounded to bf16 already, and with K not a multiple of 32 (more than half of one 64-byte
+    result is rounded to bf16 already, and with K not a multiple of 32 (more than half of a 64-byte
     tile row) an Inf or NaN leaks into the row before (seen with torch 2.13 on AMX). fp16: never,
     for torch's product runs far below fp32 on CPUs without fp16 arithmetic.
     """
@@ -92,7 +93,7 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
              save_preact: bool) -> tuple[Tensor, Tensor]:
-    """``act(a bᵀ + bias)`` of a [M, K] and b [N, K], and the pre-activation (empty unless saved)."""
+    """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation (empty unless saved)."""
     (rows, depth), cols = a.shape, b.shape[0]
     preact = a.new_empty((rows, cols) if save_preact else 0)
     if bias is not None:

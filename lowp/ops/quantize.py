@@ -7,7 +7,13 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops.library import (
-    FLOATS, GRANULARITIES, ROUNDINGS, Op, require_choice, require_float, rows_cols,
+    FLOATS,
+    GRANULARITIES,
+    ROUNDINGS,
+    Op,
+    require_choice,
+    require_float,
+    rows_cols,
 )
 from lowp.reference import quantize as reference
 
@@ -17,8 +23,8 @@ quantize = Op(
 )
 """Symmetric int8 quantization, ``x`` about ``codes * scale``.
 
-``amax`` is the largest magnitude of a group; ``scale = amax / 127``, ``inv_scale = 127 / amax`` (one
-IEEE division each), ``code = round(x * inv_scale)`` cut to [-127, 127].
+``amax`` is the largest magnitude of a group; ``scale = amax / 127``, ``inv_scale = 127 / amax``
+(one IEEE division each), ``code = round(x * inv_scale)`` cut to [-127, 127].
 
 Args:
     x: float tensor [..., K].
@@ -28,7 +34,7 @@ Args:
     rounding: ``"nearest"`` (ties to even) or ``"stochastic"``: up in magnitude with the probability
         of the fraction cut to 16 bits, so the bias is below 2^-16 code, toward zero.
     seed, step, tensor, role, offset: the random bits (:mod:`lowp.key`); ``offset`` is the global
-        row-major index of ``x``'s first element. ``step`` is a 0-dim int64 tensor; ``None`` means 1.
+        row-major index of ``x``'s first element. ``step`` is a 0-dim int64 tensor; ``None``: 1.
 
 A group whose amax is below 2^-119 has codes 0 and scale 0. A group with Inf or NaN has codes 0 and
 scale NaN, so the damage shows in whatever uses it. Error: half a scale (nearest), one (stochastic).

@@ -11,16 +11,16 @@ from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
 from lowp.reference import scaled_mm as reference
 
 MAX_K = 133_144
-"""The most products of two codes in [-127, 127] whose sum an int32 surely holds: (2^31 - 1) // 127^2."""
+"""The most products of two codes whose sum an int32 surely holds: (2^31 - 1) // 127^2."""
 
 scaled_mm = Op(
     "scaled_mm(Tensor a, Tensor b, Tensor row_scale, Tensor col_scale, Tensor? bias, "
     "str activation, ScalarType out_dtype, bool save_preact) -> (Tensor y, Tensor preact)"
 )
-"""``y = act((float(a bᵀ) * row_scale[m]) * col_scale[n] + bias[n])``, rounded once to ``out_dtype``.
+"""``y = act((float(a bᵀ) * row_scale[m]) * col_scale[n] + bias[n])``, rounded once.
 
-The sum is an exact int32; everything after it is fp32, in that order, so y has the same bits on every
-backend.
+The sum is an exact int32; everything after it is fp32, in that order, so y has the same bits on
+every backend.
 
 Args:
     a: int8 codes [M, K] in [-127, 127] (-128 is exact up to K = 131,071); any strides.

@@ -34,8 +34,8 @@ and one rounding at each store.
 Args:
     params: fp32, bf16 or fp16, any shapes; a strided one is updated through a copy.
     grads: like the params, of any float type.
-    momentum_buffers: contiguous; floats, or int8 codes (lowp.reference.codec) of blocks of 256 along
-        the last dimension; an empty list without momentum.
+    momentum_buffers: contiguous; floats, or int8 codes (lowp.reference.codec) of blocks of 256
+        along the last dimension; an empty list without momentum.
     momentum_scales: fp32 scales of the codes; empty tensors for float states, or an empty list.
     steps: 0-dim fp32 updates applied so far; each is advanced by one.
     lr: 0-dim.

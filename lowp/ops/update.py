@@ -1,4 +1,4 @@
-"""What the optimizer updates share: checks of their tensor lists, and how kernels see the tensors."""
+"""What the optimizer updates share: checks of their tensor lists, and how kernels see them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require_float_lists(op: str, **lists: Sequence[Tensor]) -> None:
 
 def require_states(op: str, name: str, codes: torch.dtype, states: Sequence[Tensor],
                    scales: Sequence[Tensor]) -> None:
-    """Raises unless each state is contiguous floats, or ``codes`` with fp32 scales of their blocks."""
+    """Raises unless each state is contiguous floats, or ``codes`` with fp32 scales of blocks."""
     for i, (state, scale) in enumerate(zip(states, scales, strict=True)):
         if state.dtype not in (*FLOATS, codes):
             raise TypeError(
@@ -63,7 +63,7 @@ def require_states(op: str, name: str, codes: torch.dtype, states: Sequence[Tens
 
 
 def scale_shape(x: Tensor) -> tuple[int, ...]:
-    """The shape of the scales of ``x`` as 8-bit codes: one a block of 256 along the last dimension."""
+    """The shape of the scales of 8-bit codes: one a block of 256 along the last dimension."""
     if x.dim() == 0:
         return (1,)
     return (*x.shape[:-1], -(-x.shape[-1] // BLOCK))

@@ -17,16 +17,17 @@ class AdamW(Optimizer):
     The formula and its source: :data:`lowp.ops.adamw.adamw`.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch; ``lr`` may be a tensor.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch; ``lr`` may be a
+            tensor.
         foreach, capturable, fused: accepted, without effect: there is one fused kernel.
         differentiable: must be False.
         rounding: of 16-bit weights: ``"stochastic"`` (an update smaller than half an ulp is kept in
             the mean; Gupta et al., ICML 2015, section 3) or ``"nearest"``. fp32 is not rounded.
         state_dtype: of the moments: ``None`` for the parameter's type, ``"fp32"``, ``"bf16"``,
-            ``"fp16"``, ``"int8"`` or that ``torch.dtype``. int8 takes a byte an element and 4 a block
-            of 256, and applies to tensors of at least 4096 elements (the others keep fp32).
-        state_rounding: of states that are not fp32; ``None``: 16-bit states as the weights (a second
-            moment that is rounded to nearest in bf16 stands still), 8-bit states to nearest.
+            ``"fp16"``, ``"int8"`` or that ``torch.dtype``. int8 takes a byte an element and 4 a
+            block of 256; it is for tensors of at least 4096 elements (the others keep fp32).
+        state_rounding: of states that are not fp32; ``None``: 16-bit states as the weights (a
+            second moment rounded to nearest in bf16 stands still), 8-bit states to nearest.
         seed: of the draws; the same seed gives the same bits on any machine and number of threads.
 
     Raises:

@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _state_dtype_name(self, dtype: str | torch.dtype | None) -> str | None:
         if dtype is None or dtype in _STATE_DTYPES:
-            return dtype  # type: ignore[return-value]
+            return dtype
         for name, known in _STATE_DTYPES.items():
             if dtype == known:
                 return name

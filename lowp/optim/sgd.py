@@ -17,8 +17,8 @@ class SGD(Optimizer):
     The formula and its source: :data:`lowp.ops.sgd.sgd`.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch; ``lr`` may be a
-            tensor.
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch; ``lr`` may
+            be a tensor.
         foreach, fused: accepted, without effect: there is one fused kernel.
         differentiable: must be False.
         rounding, state_dtype, state_rounding, seed: as in :class:`lowp.optim.AdamW`.

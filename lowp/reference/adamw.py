@@ -1,4 +1,4 @@
-"""AdamW on one tensor, by definition: fp32 arithmetic, one operation at a time, one rounding a store."""
+"""AdamW on one tensor, by definition: fp32, one operation at a time, one rounding a store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def no_nan_payload(x: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The IEEE square root of fp32: torch's own may be one ulp off (MKL), the one through fp64 is exact."""
+    """The IEEE square root of fp32: torch's may be one ulp off (MKL), through fp64 it is exact."""
     return x.double().sqrt().float()
 
 

@@ -1,4 +1,4 @@
-"""The 8-bit codes of optimizer states, by definition: a block float read off the bits of x / amax."""
+"""8-bit codes of optimizer states, by definition: a block float read off the bits of x / amax."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ def quantize(x: Tensor, granularity: str, block: int, rounding: str, seed: int =
     padded = torch.nn.functional.pad(values, (0, blocks * width - cols)) if blocks else values
     bits = padded.contiguous().view(torch.int32) & 0x7FFFFFFF
     bits = torch.nn.functional.pad(bits, (0, 0, 0, 1))  # a row of zeros: an empty amax is 0
+    shape: tuple[int, ...]
     if granularity == "tensor":
         amax, shape = bits.reshape(-1).max() if bits.numel() else bits.new_zeros(()), ()
     elif granularity == "column":

@@ -11,7 +11,7 @@ FORMATS = {torch.bfloat16: (8, 7), torch.float16: (5, 10)}  # exponent bits, man
 def round_to(x: Tensor, dtype: torch.dtype, rounding: str, draws: Tensor | None = None) -> Tensor:
     """``x`` (fp32) in ``dtype``; ``draws`` as :func:`round_stochastic` takes them.
 
-    ``dtype`` fp32 returns ``x``. Nearest means ties to even; a NaN becomes the quiet NaN of its sign.
+    ``dtype`` fp32 returns ``x``. Nearest: ties to even; a NaN becomes the quiet NaN of its sign.
     """
     if dtype == torch.float32:
         return x
