@@ -33,9 +33,11 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-        "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512",
+        "-mavx512vnni", "-mprefer-vector-width=512",
     ],
 }
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+ONLY = {"avx512_bf16": ("linear",)}  # the other kernels have nothing to gain over avx512
 
 
 def source_hash() -> str:
@@ -149,6 +151,8 @@ class NinjaBuild(build_ext):
         add(CSRC / "isa.cpp", "isa", "")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, isa_flags in ISA_FLAGS.items():
+                if source.stem not in ONLY.get(isa, (source.stem,)):
+                    continue
                 extra = " ".join([f"-DLOWP_ISA={isa}", *isa_flags])
                 add(source, f"{source.stem}.{isa}", extra)
         lines.append(f"build {quoted(target)}: link {' '.join(objects)}")

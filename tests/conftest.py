@@ -11,7 +11,7 @@ import torch
 from lowp import native
 from lowp.key import clock
 
-ISAS = ("baseline", "avx2", "avx512", "amx")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def pytest_sessionstart() -> None:
@@ -28,7 +28,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=ISAS)
 def product_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same with AMX, which only the products use."""
+    """The same with those that only the products use."""
     yield from _forced(request.param)
 
 

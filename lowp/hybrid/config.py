@@ -82,7 +82,7 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    kind: Literal["lstm", "transformer"] = Field(default="lstm", description="which network")
+    kind: Literal["lstm", "transformer"] = Field(default="transformer", description="which network")
     embedding: PositiveInt = Field(
         default=64, description="width of the token embeddings; lstm only")
     width: PositiveInt = Field(default=128, description="width of the hidden states")
@@ -124,7 +124,7 @@ class Optimizer(Section):
 
     kind: Literal["adamw", "sgd", "torch_adamw"] = Field(
         default="adamw", description="lowp.optim's AdamW or SGD, or torch.optim.AdamW")
-    lr: PositiveFloat = Field(default=1e-2, description="peak learning rate")
+    lr: PositiveFloat = Field(default=3e-3, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's averaging factors")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's addend of the denominator")
@@ -200,7 +200,7 @@ Objective = Annotated[
 HYBRID: tuple[Objective, ...] = (
     Supervised(kind="supervised"),
     LanguageModel(kind="language_model"),
-    Consistency(kind="consistency", weight=Ramp()),
+    Consistency(kind="consistency", weight=Ramp(end=0.3)),
 )
 
 
