@@ -1,6 +1,8 @@
 """Optimizers with the signatures of ``torch.optim`` and stochastic rounding at every store."""
 
+from lowp.optim.adam import Adam
 from lowp.optim.adamw import AdamW
+from lowp.optim.lion import Lion
 from lowp.optim.sgd import SGD
 
-__all__ = ["SGD", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion"]

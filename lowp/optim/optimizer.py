@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowp.key import clock, tensor_id
 from lowp.ops.library import FLOATS
+from lowp.ops.square_sums import square_sums
 from lowp.ops.update import scale_shape
 
 _STATE_DTYPES = {
@@ -32,6 +33,12 @@ class Batch(NamedTuple):
         return [s.get(key, _NOTHING) for s in self.states]
 
     @property
+    def masters(self) -> list[Tensor] | None:
+        """What the parameters lack; ``None`` if they all lack nothing."""
+        found = [s.get("remainder", s.get("compensation", _NOTHING)) for s in self.states]
+        return found if any(m.numel() for m in found) else None
+
+    @property
     def ids(self) -> list[int]:
         """The tensor ids that key the draws."""
         return [s["tensor"] for s in self.states]
@@ -51,9 +58,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, rounding: str,
                  state_rounding: str | None, state_dtype: str | torch.dtype | None,
-                 seed: int, foreach: bool | None, fused: bool | None,
-                 differentiable: bool) -> None:
+                 seed: int, master: str | None, clip_grad_norm: float | None,
+                 foreach: bool | None = None, fused: bool | None = None,
+                 differentiable: bool = False) -> None:
         name = type(self).__name__
+        if master not in (None, "remainder", "kahan"):
+            raise ValueError(
+                f"lowp.optim.{name}: master must be None, 'remainder' or 'kahan', got {master!r}"
+            )
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(
+                f"lowp.optim.{name}: clip_grad_norm must be None or above 0, got {clip_grad_norm}"
+            )
         for option, value in (("rounding", rounding), ("state_rounding", state_rounding)):
             if value not in ("nearest", "stochastic") and not (
                 option == "state_rounding" and value is None
@@ -71,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults.update(
             foreach=foreach, fused=fused, differentiable=False, rounding=rounding,
             state_rounding=state_rounding, state_dtype=self._state_dtype_name(state_dtype),
-            seed=seed,
+            seed=seed, master=master, clip_grad_norm=clip_grad_norm,
         )
         self._positions = 0
         super().__init__(params, defaults)
@@ -91,6 +107,11 @@ class Optimizer(torch.optim.Optimizer):
         """As in torch; each parameter gets the next position."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["master"] == "remainder" and any(p.dtype == torch.float16 for p in group["params"]):
+            raise ValueError(
+                f"lowp.optim.{type(self).__name__}: master='remainder' is for bfloat16 parameters; "
+                "float16 lacks exponents, not only bits: use master='kahan'"
+            )
         group["positions"] = list(range(self._positions, self._positions + len(group["params"])))
         self._positions += len(group["params"])
 
@@ -111,6 +132,13 @@ class Optimizer(torch.optim.Optimizer):
         if dtype == codes:
             state[f"{key}_scale"] = torch.zeros(scale_shape(p), device=p.device)
 
+    def add_master(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        """What a 16-bit parameter lacks, by the group's ``master``: nothing yet."""
+        if group["master"] == "remainder" and p.dtype == torch.bfloat16:
+            state["remainder"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+        elif group["master"] == "kahan" and p.dtype != torch.float32:
+            state["compensation"] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
         """The state of a parameter before its first update."""
         raise NotImplementedError
@@ -126,6 +154,10 @@ class Optimizer(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
+            if p.is_complex():
+                raise RuntimeError(
+                    f"lowp.optim.{type(self).__name__} does not support complex parameters"
+                )
             if p.dtype not in FLOATS:
                 raise TypeError(
                     f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 or "
@@ -138,6 +170,7 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p, group, i))
+                self.add_master(state, p, group)
             key = p.device, any(k.endswith("_scale") for k in state)
             batch = batches.setdefault(key, Batch([], [], []))
             batch.params.append(p)
@@ -159,14 +192,40 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaler = self._scaler()
         for group in self.param_groups:
-            lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-            for batch in self._batches(group):
-                coded = any(k.endswith("_scale") for k in batch.states[0])
-                states = group["state_rounding"] or ("nearest" if coded else group["rounding"])
-                self.update(group, batch, lr, (group["rounding"], states), scaler)
+            self.step_group(group, scaler)
         return loss
+
+    def step_group(self, group: dict[str, Any],
+                   scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """Update the parameters of one group that have a gradient."""
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        for batch in self._batches(group):
+            coded = any(k.endswith("_scale") for k in batch.states[0])
+            states = group["state_rounding"] or ("nearest" if coded else group["rounding"])
+            self.update(group, batch, lr, (group["rounding"], states), scaler)
+
+    def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """What gradients are divided by, and whether a gradient scaler found Inf or NaN.
+
+        Clipping (Pascanu et al., "On the difficulty of training recurrent neural networks", ICML
+        2013, algorithm 1) is a part of the divisor, so no gradient is written or rounded for it.
+        """
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        most = self.defaults["clip_grad_norm"]
+        if most is None:
+            return grad_scale, found_inf
+        scale = torch.ones(()) if grad_scale is None else grad_scale
+        norm = (self._square_sum() ** 0.5) / scale.double().cpu()
+        clip = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return (scale / clip.to(scale.device)).float(), found_inf
+
+    def _square_sum(self) -> Tensor:
+        """Sum of the squares of all gradients, fp64, before unscaling."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return square_sums(grads).cumsum(0)[-1] if grads else torch.zeros((), dtype=torch.float64)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its own type and bits (torch casts them to the
