@@ -206,6 +206,26 @@ class Optimizer(torch.optim.Optimizer):
             states = group["state_rounding"] or ("nearest" if coded else group["rounding"])
             self.update(group, batch, lr, (group["rounding"], states), scaler)
 
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter by its gradient; the clock stands still until :meth:`step`.
+
+        Raises:
+            ValueError: the optimizer does not have it.
+        """
+        for group in self.param_groups:
+            for index, member in enumerate(group["params"]):
+                if member is p:
+                    names = group.get("param_names")
+                    one = {**group, "params": [p], "positions": [group["positions"][index]]}
+                    if names:
+                        one["param_names"] = [names[index]]
+                    self.step_group(one, (None, None))
+                    return
+        raise ValueError(
+            f"lowp.optim.{type(self).__name__}.step_parameter: p is none of its parameters"
+        )
+
     def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """What gradients are divided by, and whether a gradient scaler found Inf or NaN.
 
