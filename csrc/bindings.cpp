@@ -4,12 +4,14 @@
 
 #include "accumulate.h"
 #include "activation_grad.h"
+#include "adafactor.h"
 #include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
 #include "isa.h"
 #include "linear.h"
 #include "lion.h"
+#include "muon.h"
 #include "quantize.h"
 #include "scaled_mm.h"
 #include "sgd.h"
@@ -165,6 +167,39 @@ PYBIND11_MODULE(_cpu, m) {
         cpu::lion({pointer<const SgdTensor>(tensors), count, lr, beta1, one_minus_beta1, beta2,
                    one_minus_beta2, decay, inv_scale, maximize, Rounding(rounding),
                    Rounding(state_rounding), seed, threads, pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "adafactor",
+      [](uintptr_t tensors, uintptr_t scalars, int64_t count, float eps1, double eps2, double d,
+         float decay, float inv_scale, bool maximize, int rounding, uint64_t seed, int threads,
+         uintptr_t masters) {
+        cpu::adafactor({pointer<const AdafactorTensor>(tensors),
+                        pointer<const AdafactorScalars>(scalars), count, eps1, eps2, d, decay,
+                        inv_scale, maximize, Rounding(rounding), seed, threads,
+                        pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "muon_momentum",
+      [](uintptr_t tensors, int64_t count, float momentum, float one_minus_momentum,
+         float inv_scale, bool nesterov, bool maximize, int state_rounding, uint64_t seed,
+         int threads) {
+        cpu::muon_momentum({pointer<const SgdTensor>(tensors), count, momentum, one_minus_momentum,
+                            inv_scale, nesterov, maximize, Rounding(state_rounding), seed,
+                            threads});
+      },
+      Release());
+
+  m.def(
+      "muon_step",
+      [](uintptr_t tensors, uintptr_t rates, int64_t count, float decay, int rounding,
+         uint64_t seed, int threads, uintptr_t masters) {
+        cpu::muon_step({pointer<const SgdTensor>(tensors), pointer<const float>(rates), count,
+                        decay, Rounding(rounding), seed, threads,
+                        pointer<const MasterWeight>(masters)});
       },
       Release());
 

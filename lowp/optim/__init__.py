@@ -1,10 +1,21 @@
 """Optimizers with the signatures of ``torch.optim`` and stochastic rounding at every store."""
 
 from lowp.optim.accumulate import GradientAccumulation
+from lowp.optim.adafactor import Adafactor
 from lowp.optim.adam import Adam
 from lowp.optim.adamw import AdamW
 from lowp.optim.lion import Lion
+from lowp.optim.muon import Muon
 from lowp.optim.release import GradientRelease
 from lowp.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "GradientAccumulation", "GradientRelease", "Lion"]
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "Adam",
+    "AdamW",
+    "GradientAccumulation",
+    "GradientRelease",
+    "Lion",
+    "Muon",
+]
