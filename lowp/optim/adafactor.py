@@ -14,16 +14,15 @@ from lowp.optim.optimizer import Batch, Optimizer
 class Adafactor(Optimizer):
     """``torch.optim.Adafactor`` with one rounding a store.
 
-    The formula and its source: :data:`lowp.ops.adafactor.adafactor`. A matrix has the means of squares
-    of its rows and columns as its only states, which are kept in fp32 whatever ``state_dtype`` says.
+    The formula and its source: :data:`lowp.ops.adafactor.adafactor`. The means of squares of a
+    matrix's rows and columns are its only states, kept in fp32 whatever ``state_dtype`` says.
 
     Args:
         params, lr, beta2_decay, d, weight_decay, maximize: as in torch; ``lr`` may be a tensor.
         eps: as in torch, but ``None`` as the first means the eps of fp32 also for 16-bit
             parameters, since the update is computed in fp32.
-        foreach, capturable, differentiable: as in :class:`lowp.optim.AdamW`.
-        rounding, state_dtype, state_rounding, seed, master, clip_grad_norm: as in
-            :class:`lowp.optim.AdamW`.
+        foreach, capturable, rounding, state_dtype, state_rounding, seed, master, clip_grad_norm:
+            as in :class:`lowp.optim.AdamW`.
 
     Raises:
         ValueError: a hyperparameter out of range or an unknown option.

@@ -18,8 +18,8 @@ class Adam(Optimizer):
     Reddi et al., ICLR 2018, algorithm 2. The formula: :data:`lowp.ops.adamw.adamw`.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch;
-            ``lr`` may be a tensor. Weight decay is a part of the gradient unless it is decoupled.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in
+            torch. Weight decay is a part of the gradient unless it is decoupled.
         foreach, capturable, fused, differentiable, rounding, state_dtype, state_rounding, seed,
             master, clip_grad_norm: as in :class:`lowp.optim.AdamW`.
 
@@ -41,14 +41,16 @@ class Adam(Optimizer):
                             ("weight_decay value", weight_decay)):
             if not value >= 0.0:
                 raise ValueError(f"Invalid {name}: {value}")
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError("betas must be either both floats or both Tensors")
         for i, beta in enumerate(betas):
             if isinstance(beta, Tensor) and beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        defaults = {"lr": lr, "betas": tuple(map(float, betas)), "eps": eps, "weight_decay": weight_decay,
-                    "amsgrad": amsgrad, "maximize": maximize, "capturable": capturable,
-                    "decoupled_weight_decay": decoupled_weight_decay}
+        defaults = {"lr": lr, "betas": tuple(map(float, betas)), "eps": eps,
+                    "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize,
+                    "capturable": capturable, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, rounding=rounding, state_rounding=state_rounding,
                          state_dtype=state_dtype, seed=seed, master=master,
                          clip_grad_norm=clip_grad_norm, foreach=foreach, fused=fused,
