@@ -3,10 +3,10 @@
     python -m benchmarks.optimizer_curves --data FILE [--steps 1500] [--seeds 3]
 
 Writes ``results/optimizer_curves.json`` and ``.png``. The text is split in order, 90 % to train on.
-Activations and products are fp32 in every run: only the stored weights, gradients and states differ.
-Runs of one seed share initial weights and batches and are compared pairwise. Training amplifies any
-difference, also one that means nothing: the run "fp32, nudged" starts with every weight one ulp off,
-and its distance from fp32 is what "within noise" is measured by.
+Activations and products are fp32 in every run: only the stored weights, gradients and states
+differ. Runs of one seed share initial weights and batches and are compared pairwise. Training
+amplifies any difference, also one that means nothing: the run "fp32, nudged" starts with every
+weight one ulp off.
 """
 
 from __future__ import annotations

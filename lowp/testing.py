@@ -74,13 +74,13 @@ def assert_unbiased(fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = 
     3. each value's share of rounding up (binomial; Bernstein's inequality);
     4. the shares of all values together, in magnitude and with their sign.
 
-    **False alarms.** Checks 1 and 2 have none. 3 and 4 compare 66 counts with bounds that hold for any
-    number of draws (Bernstein's inequality; Boucheron et al., "Concentration inequalities", 2013,
-    corollary 2.11), not with a normal approximation, and share :data:`FALSE_ALARM` equally: an
-    unbiased ``fn`` fails with a probability below 1e-6. **Power.** With the default 2^18 draws
+    **False alarms.** Checks 1 and 2 have none. 3 and 4 compare 66 counts with bounds that hold for
+    any number of draws (Bernstein's inequality; Boucheron et al., "Concentration inequalities",
+    2013, corollary 2.11), not with a normal approximation, and share :data:`FALSE_ALARM` equally:
+    an unbiased ``fn`` fails with a probability below 1e-6. **Power.** With the default 2^18 draws
     check 4 finds a bias of 2^-10 of the spacing with a probability above 0.999 (its mean over all
-    values then lies 9.8 standard deviations off, and the bound is reached at 6.1); one of 2^-11 passes
-    more often than not. 4 times the draws halve what is found.
+    values then lies 9.8 standard deviations off, and the bound is reached at 6.1); one of 2^-11
+    passes more often than not. 4 times the draws halve what is found.
 
     Fractions are multiples of 2^-16 (2^-13 for fp16), so a function that cuts the fraction to
     16 bits, as lowp's do for fp16 and int8, is unbiased on them.

@@ -111,8 +111,8 @@ def test_clip_after_a_scaler_and_with_non_finite_gradients():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_accumulate_equals_reference(isa, dtype, rounding):
     special = special_values()
-    shapes = [torch.randn(57, 401), torch.randn(()), torch.empty(0, 3), special.repeat(len(special)),
-              random_bits(3000, seed=3)]
+    shapes = [torch.randn(57, 401), torch.randn(()), torch.empty(0, 3),
+              special.repeat(len(special)), random_bits(3000, seed=3)]
     for grad_type in FLOATS:
         grads = [torch.randn(p.shape).to(grad_type) for p in shapes[:3]]
         grads += [special.repeat_interleave(len(special)).to(grad_type),

@@ -39,7 +39,8 @@ def set_grads(params, step):
 
 
 TRAJECTORIES = [
-    *[(name, o) for name in ("AdamW", "Adam") for o in ({}, {"maximize": True}, {"weight_decay": 0.0}, {"amsgrad": True})],
+    *[(name, o) for name in ("AdamW", "Adam") for o in (
+        {}, {"maximize": True}, {"weight_decay": 0.0}, {"amsgrad": True})],
     *[("SGD", o) for o in ({}, {"maximize": True}, {"weight_decay": 0.0}, {"nesterov": True},
                            {"dampening": 0.5}, {"momentum": 0.0})],
 ]

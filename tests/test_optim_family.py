@@ -111,7 +111,7 @@ def test_a_step_is_torchs_within_2_ulp(name, options, monkeypatch):
 
 
 def test_lion_is_the_papers():
-    """Algorithm 2 in fp64; 100 random gradients leave no sum near enough to 0 to change its sign."""
+    """Algorithm 2 in fp64; no sum of 100 random gradients is so near 0 that its sign changes."""
     p = torch.randn(40, 50).requires_grad_()
     theta, m = p.detach().double(), torch.zeros(40, 50, dtype=torch.float64)
     optimizer = optim.Lion([p], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.5)
@@ -185,7 +185,7 @@ def test_kahan_follows_fp32_where_nearest_stands_still(name, dtype):
     assert moved > 20 * lr * 0.01
     assert same_bits(params["nearest"][0].detach(), start[0])
     both = kept.float() + optimizer.state[params["kahan"][0]]["compensation"].float()
-    # a step rounds the sum to fp32 (2^-24 of 2) and the compensation by 2^-9 (bf16) of its own size,
+    # a step rounds the sum to fp32 (2^-24 of 2) and the compensation by 2^-9 (bf16) of its size,
     # which is below half an ulp of the weight or all that was moved
     size = min(moved, 2.0**-8)
     assert (both - exact).abs().max() <= steps * (2.0**-9 * size + 2 * 2.0**-24) + 0.01 * moved
@@ -226,8 +226,8 @@ def test_more_than_2_to_the_31_elements():
     """The tail of 2^31 + 64 bf16 weights, 4.3 GB, is updated like 64 weights at that offset. The
     gradient is zeros that the system backs with no memory, but for its tail."""
     if available_bytes() < 8 * 2**30:
-        pytest.skip("needs 8 GiB of available memory for 4.3 GB of weights; offsets beyond 2^31 are "
-                    "tested on small tensors")
+        pytest.skip("needs 8 GiB of available memory for 4.3 GB of weights; offsets beyond 2^31 "
+                    "are tested on small tensors")
     n, tail = 2**31 + 64, 64
     p, g = (torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2))
     g[-tail:] = torch.randn(tail).bfloat16()

@@ -45,7 +45,7 @@ def cloned(case: dict) -> dict:
 
 
 def assert_equal(op, case: dict) -> dict:
-    """Runs both backends on copies; every written tensor must agree. Returns the kernel's copies."""
+    """Runs both backends on copies; every written tensor must agree. Gives the kernel's copies."""
     kernel, truth = cloned(case), cloned(case)
     with lowp.backend("cpu"):
         op(*kernel.values())

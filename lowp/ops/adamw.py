@@ -49,8 +49,8 @@ Args:
     grad_scale, found_inf: of a gradient scaler; if ``found_inf`` is not 0, nothing changes.
     coupled: Adam instead of AdamW.
     masters: what 16-bit params lack: int16 low bits of bf16 ones, so that both are the exact fp32
-        weight (``rounding`` is then without use); or, in the params' type, what rounding the param to
-        nearest lost (Kahan's compensation; Zamirai et al., "Revisiting BFloat16 training", 2020,
+        weight (``rounding`` is then without use); or, in the params' type, what rounding the param
+        to nearest lost (Kahan's compensation; Zamirai et al., "Revisiting BFloat16 training", 2020,
         section 3), which is stored with ``rounding``; empty tensors for params without.
 
 Raises:

@@ -33,8 +33,8 @@ and one rounding at each store; sign(0) = 0, and a NaN stays one.
 Args:
     params: fp32, bf16 or fp16, any shapes; a strided one is updated through a copy.
     grads: like the params, of any float type.
-    exp_avgs: contiguous; floats, or int8 codes (lowp.reference.codec) of blocks of 256 along the last
-        dimension.
+    exp_avgs: contiguous; floats, or int8 codes (lowp.reference.codec) of blocks of 256 along the
+        last dimension.
     exp_avg_scales: fp32 scales of the codes; empty tensors for float states.
     steps: 0-dim fp32 updates applied so far; each is advanced by one.
     lr: 0-dim.

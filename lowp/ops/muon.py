@@ -38,9 +38,9 @@ For each matrix [rows, cols], in fp32 registers::
     p = p (1 - lr weight_decay) - rate x
 
 and one rounding at each store. x and its products are bf16 with fp32 sums, each rounded once
-(lowp::linear and lowp::linear_dgrad); the rest has the same bits on every backend. The rate is lr times
-sqrt(max(1, rows / cols)) (``"original"``) or 0.2 sqrt(max(rows, cols)) (``"match_rms_adamw"``; Liu et
-al., "Muon is scalable for LLM training", 2025, section 2.2).
+(lowp::linear and lowp::linear_dgrad); the rest has the same bits on every backend. The rate is lr
+times sqrt(max(1, rows / cols)) (``"original"``) or 0.2 sqrt(max(rows, cols))
+(``"match_rms_adamw"``; Liu et al., "Muon is scalable for LLM training", 2025, section 2.2).
 
 Args:
     params: fp32, bf16 or fp16 matrices; a strided one is updated through a copy.
@@ -61,8 +61,8 @@ _Tensors = Sequence[Tensor]
 
 
 @muon.check
-def _check(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum_scales: _Tensors,
-           steps: _Tensors, lr: Tensor, momentum: float, nesterov: bool,
+def _check(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors,
+           momentum_scales: _Tensors, steps: _Tensors, lr: Tensor, momentum: float, nesterov: bool,
            ns_coefficients: Sequence[float], eps: float, ns_steps: int, weight_decay: float,
            adjust_lr: str, maximize: bool, rounding: str, state_rounding: str, seed: int,
            tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
@@ -77,7 +77,9 @@ def _check(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, moment
     update.require_states("muon", "momentum_buffers", torch.int8, momentum_buffers, momentum_scales)
     for i, p in enumerate(params):
         if p.dim() != 2:
-            raise ValueError(f"lowp::muon: params[{i}] must be a matrix, got shape {tuple(p.shape)}")
+            raise ValueError(
+                f"lowp::muon: params[{i}] must be a matrix, got shape {tuple(p.shape)}"
+            )
     if len(ns_coefficients) != 3:
         raise ValueError(
             f"lowp::muon: ns_coefficients must be 3 numbers, got {len(ns_coefficients)}"

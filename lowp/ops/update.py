@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowp.ops.library import FLOATS
-from lowp.reference.stores import fp32
 from lowp.reference.codec import BLOCK
+from lowp.reference.stores import fp32
 
 CODES = 3  # csrc/adamw.h: State
 STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}

@@ -28,13 +28,13 @@ class GradientAccumulation:
             optimizer.step()
             optimizer.zero_grad()
 
-    The draws depend on the seed, the step (:data:`lowp.key.clock`), the parameter's name or position
-    and the number of backward passes since ``.grad`` was ``None``, so a run that resumes between two
-    steps repeats its bits.
+    The draws depend on the seed, the step (:data:`lowp.key.clock`), the parameter's name or
+    position and the number of backward passes since ``.grad`` was ``None``, so a run that resumes
+    between two steps repeats its bits.
 
     Args:
-        params: parameters or (name, parameter) pairs; fp32 ones and those without gradients are left
-            to autograd.
+        params: parameters or (name, parameter) pairs; fp32 ones and those without gradients are
+            left to autograd.
         rounding: ``"stochastic"`` or ``"nearest"``.
         seed: of the draws.
 
@@ -66,7 +66,7 @@ class GradientAccumulation:
 
     def _hook(self, p: Tensor, identity: int) -> Callable[[Tensor], Tensor | None]:
         def add(grad: Tensor) -> Tensor | None:
-            """Runs before autograd adds ``grad`` to ``p.grad``: hands the whole sum over instead."""
+            """Runs before autograd adds ``grad`` to ``p.grad``; hands over the sum instead."""
             total = p.grad
             if total is None or grad.is_sparse or total.is_sparse:
                 self._additions[p] = 0

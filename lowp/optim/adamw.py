@@ -30,12 +30,13 @@ class AdamW(Adam):
         seed: of the draws; the same seed gives the same bits on any machine and number of threads.
         master: what is kept of the bits that a 16-bit weight lacks: ``None``; ``"remainder"``: of a
             bf16 weight all 16 others, so that training is that of fp32 weights bit for bit and
-            ``rounding`` has no effect on them (the weight is the nearest bf16); ``"kahan"``: what its
-            rounding to nearest lost, in 16 bits that are stored with ``rounding`` (Zamirai et al.,
-            "Revisiting BFloat16 training", 2020, section 3). fp32 weights need none. 2 bytes an element.
+            ``rounding`` has no effect on them (the weight is the nearest bf16); ``"kahan"``: what
+            its rounding to nearest lost, in 16 bits that are stored with ``rounding`` (Zamirai et
+            al., "Revisiting BFloat16 training", 2020, section 3). Either takes 2 bytes an element;
+            fp32 weights need none.
         clip_grad_norm: largest norm of all gradients of the optimizer together, as
-            ``torch.nn.utils.clip_grad_norm_`` defines it; the factor is applied inside the update, and
-            no gradient is written. ``None``: no clipping.
+            ``torch.nn.utils.clip_grad_norm_`` defines it; the factor is applied inside the update,
+            and no gradient is written. ``None``: no clipping.
 
     Raises:
         ValueError: a hyperparameter out of range or an unknown option.

@@ -15,8 +15,8 @@ class Lion(Optimizer):
     """Lion in one fused pass with one rounding a store; one moment, so half the state of Adam.
 
     Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023, algorithm 2. The
-    formula: :data:`lowp.ops.lion.lion`. As every element moves by ``lr``, the paper (section 5) uses a
-    rate 3 to 10 times smaller than AdamW's, and a weight decay as many times larger.
+    formula: :data:`lowp.ops.lion.lion`. As every element moves by ``lr``, the paper (section 5)
+    uses a rate 3 to 10 times smaller than AdamW's, and a weight decay as many times larger.
 
     Args:
         params: an iterable of parameters, of (name, parameter), or of groups of either.

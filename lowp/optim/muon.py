@@ -24,7 +24,7 @@ class Muon(Optimizer):
             :class:`lowp.optim.AdamW`.
 
     Raises:
-        ValueError: a hyperparameter out of range, an unknown option, or a parameter that is no matrix.
+        ValueError: a hyperparameter out of range, an unknown option, a parameter that is no matrix.
     """
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.1,
@@ -46,7 +46,7 @@ class Muon(Optimizer):
         if len(ns_coefficients) != 3:
             raise ValueError("Coefficients must be a tuple of exactly 3 values")
         if not 0 <= ns_steps < 100:
-            raise ValueError(f"Number of steps must be at least 0 and less than 100, got {ns_steps}")
+            raise ValueError(f"Number of steps must be in 0 .. 99, got {ns_steps}")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
                     "nesterov": nesterov, "ns_coefficients": ns_coefficients, "eps": eps,
                     "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn, "maximize": maximize,

@@ -107,7 +107,8 @@ class Optimizer(torch.optim.Optimizer):
         """As in torch; each parameter gets the next position."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["master"] == "remainder" and any(p.dtype == torch.float16 for p in group["params"]):
+        halves = any(p.dtype == torch.float16 for p in group["params"])
+        if group["master"] == "remainder" and halves:
             raise ValueError(
                 f"lowp.optim.{type(self).__name__}: master='remainder' is for bfloat16 parameters; "
                 "float16 lacks exponents, not only bits: use master='kahan'"

@@ -28,7 +28,7 @@ def lane_sums(x: Tensor) -> Tensor:
 
 
 def square_sum(x: Tensor) -> float:
-    """Sum of the squares of ``x`` (any float type, row-major): runs of 1024 elements, added in order."""
+    """Sum of the squares of ``x``, any float type: row-major runs of 1024, added in order."""
     squares = x.reshape(-1).float().double().square()
     runs = functional.pad(squares, (0, -squares.numel() % RUN)).view(-1, RUN)
     total = 0.0

@@ -36,7 +36,7 @@ def no_nan_payload(x: Tensor) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The IEEE square root of fp32: torch's own may be one ulp off (MKL), the one through fp64 is exact."""
+    """The IEEE square root of fp32: torch's may be one ulp off (MKL), through fp64 it is exact."""
     return x.double().sqrt().float()
 
 
@@ -81,8 +81,8 @@ def store_weight(x: Tensor, param: Tensor, master: Tensor | None, rounding: str,
                  noise: Noise) -> None:
     """Round ``x`` (fp32) into ``param`` and keep in ``master`` what that loses.
 
-    int16: ``param`` is the nearest bf16, ties away from zero, and nothing is lost. Else ``param`` is
-    nearest, ties to even, and the error is stored with ``rounding`` (0 where ``param`` became Inf).
+    int16: ``param`` is the nearest bf16, ties away from zero, and nothing is lost. Else ``param``
+    is nearest, ties to even, and the error is stored with ``rounding`` (0 where that became Inf).
     """
     if master is None or master.numel() == 0:
         store(x, param, rounding, noise, 0)
