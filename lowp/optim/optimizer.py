@@ -1,9 +1,9 @@
-"""What the optimizers share: ids of tensors, types of states, exact loading, gradient scalers."""
+"""What the optimizers share: ids of tensors, types of states, shards, gradient scalers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,21 +11,28 @@ from torch import Tensor
 from lowp.key import clock, tensor_id
 from lowp.ops.library import FLOATS
 from lowp.ops.update import scale_shape
+from lowp.optim import sharding
+from lowp.optim.state import canonical_names, load
 
 _STATE_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
 }
 INT8_MIN_NUMEL = 4096
 """Tensors with fewer elements keep fp32 states under ``state_dtype="int8"``, which costs little and
-spares biases and norms the coding error."""
+spares biases and norms the coding error. So do vectors: sharding one cuts its only row, and a block
+of codes must not lie on two ranks."""
 
 
 class Batch(NamedTuple):
-    """The parameters of one group that have a gradient, with their states."""
+    """The parameters of one group that have a gradient, with their states; this rank's part."""
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    offsets: list[int]
+    """Global index of each one's first element."""
+    owners: list[tuple[Tensor, dict[str, Any]]]
+    """The parameter, maybe sharded, that each one is a part of, and its state."""
 
     def of(self, key: str) -> list[Tensor]:
         """One state of every parameter; an empty tensor where it has none."""
@@ -48,6 +55,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a gradient scaler hands over grad_scale and found_inf
+    elementwise: ClassVar[bool] = True
+    """Whether an element's update depends on that element alone. If not, every rank gathers the
+    gradient and the parameter, updates all of it, keeps whole states and writes back its shard."""
+    applied = True
+    """Whether the last step counts: False after one that only made the states."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, rounding: str,
                  state_rounding: str | None, state_dtype: str | torch.dtype | None,
@@ -73,7 +85,6 @@ class Optimizer(torch.optim.Optimizer):
             state_rounding=state_rounding, state_dtype=self._state_dtype_name(state_dtype),
             seed=seed,
         )
-        self._positions = 0
         super().__init__(params, defaults)
 
     def _state_dtype_name(self, dtype: str | torch.dtype | None) -> str | None:
@@ -87,18 +98,18 @@ class Optimizer(torch.optim.Optimizer):
             f"'fp32', 'bf16', 'fp16', 'int8' or that torch.dtype, got {dtype!r}"
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; each parameter gets the next position."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["positions"] = list(range(self._positions, self._positions + len(group["params"])))
-        self._positions += len(group["params"])
+    def ids_of(self, group: dict[str, Any]) -> list[int]:
+        """The 32-bit id that keys the draws of each of the group's parameters."""
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        names = canonical_names(self.param_groups)
+        if names is not None:
+            return [tensor_id(name) for name in names[index]]
+        first = sum(len(g["params"]) for g in self.param_groups[:index])
+        return list(range(first, first + len(group["params"])))
 
     def new_state(self, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """``step`` and ``tensor`` of the group's parameter number ``index``."""
-        names = group.get("param_names")
-        key = tensor_id(names[index]) if names else group["positions"][index]
-        return {"step": torch.zeros((), dtype=torch.float32), "tensor": key}
+        """What the state of a parameter begins with; its id is added to it."""
+        return {"step": torch.zeros((), dtype=torch.float32)}
 
     def add_moment(self, state: dict[str, Any], key: str, p: Tensor, group: dict[str, Any],
                    codes: torch.dtype) -> None:
@@ -106,10 +117,19 @@ class Optimizer(torch.optim.Optimizer):
         name = group["state_dtype"]
         dtype = p.dtype if name is None else _STATE_DTYPES[name]
         if dtype == torch.int8:
-            dtype = codes if p.numel() >= INT8_MIN_NUMEL else torch.float32
-        state[key] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            large = p.dim() > 1 and p.numel() >= INT8_MIN_NUMEL
+            dtype = codes if large else torch.float32
+        state[key] = self.zeros(p, p.shape, dtype)
         if dtype == codes:
-            state[f"{key}_scale"] = torch.zeros(scale_shape(p), device=p.device)
+            if self.elementwise:
+                sharding.require_whole_blocks(f"lowp.optim.{type(self).__name__}", p)
+            state[f"{key}_scale"] = self.zeros(p, scale_shape(p), torch.float32)
+
+    def zeros(self, p: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zero state of global ``shape``, sharded as ``p`` is if the update is elementwise."""
+        if self.elementwise:
+            return sharding.zeros(p, shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=sharding.local(p).device)
 
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
         """The state of a parameter before its first update."""
@@ -120,34 +140,64 @@ class Optimizer(torch.optim.Optimizer):
         """One update of a batch whose states have one type."""
         raise NotImplementedError
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[Batch]:
-        """Parameters by device and by whether their states are codes."""
-        batches: dict[tuple[torch.device, bool], Batch] = {}
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """Give every parameter with a gradient a state (dynamo runs a method of this name eagerly)."""
+        ids: list[int] = []
         for i, p in enumerate(group["params"]):
-            if p.grad is None:
+            if p.grad is None or self.state[p]:
                 continue
             if p.dtype not in FLOATS:
                 raise TypeError(
                     f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 or "
                     f"float16, got {p.dtype}"
                 )
+            ids = ids or self.ids_of(group)
+            self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[Batch]:
+        """Parameters by device and by whether their states are codes."""
+        batches: dict[tuple[torch.device, bool], Batch] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
             if p.grad.is_sparse:
                 raise RuntimeError(
                     f"lowp.optim.{type(self).__name__} does not support sparse gradients"
                 )
             state = self.state[p]
-            if not state:
-                state.update(self.init_state(p, group, i))
             key = p.device, any(k.endswith("_scale") for k in state)
-            batch = batches.setdefault(key, Batch([], [], []))
-            batch.params.append(p)
-            batch.grads.append(p.grad)
-            batch.states.append(state)
+            batch = batches.setdefault(key, Batch([], [], [], [], []))
+            drawn = "stochastic" in self._roundings(group, key[1])
+            for piece in sharding.pieces(p, p.grad, state, drawn, self.elementwise):
+                batch.params.append(piece.param)
+                batch.grads.append(piece.grad)
+                batch.states.append(piece.state)
+                batch.offsets.append(piece.offset)
+                batch.owners.append((p, state))
         yield from batches.values()
+
+    def _roundings(self, group: dict[str, Any], coded: bool) -> tuple[str, str]:
+        """Of weights and of states."""
+        rounding = group["rounding"]
+        return rounding, group["state_rounding"] or ("nearest" if coded else rounding)
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this first step is one that only makes the states.
+
+        torch.distributed.checkpoint calls one with learning rates and gradients of 0 to learn what
+        there is to load. All ranks find the same, as a shard's gradient may be 0 on one of them.
+        """
+        if self.state or any(g["lr"] != 0 for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return not any(sharding.whole(torch.count_nonzero(g)).item() for g in grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
+
+        A first step whose learning rates and gradients are all 0 makes the states and nothing else:
+        torch.distributed.checkpoint takes such steps.
 
         Args:
             closure: recomputes the loss under ``torch.enable_grad()``.
@@ -159,30 +209,34 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.applied = torch.compiler.is_compiling() or not self._is_rehearsal()
+        for group in self.param_groups:
+            self._init_group(group)
+        if not self.applied:
+            return loss
+        if getattr(self, "found_inf", None) is not None:
+            self.found_inf = sharding.whole(self.found_inf)
         scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             lr = torch.as_tensor(group["lr"], dtype=torch.float64)
             for batch in self._batches(group):
                 coded = any(k.endswith("_scale") for k in batch.states[0])
-                states = group["state_rounding"] or ("nearest" if coded else group["rounding"])
-                self.update(group, batch, lr, (group["rounding"], states), scaler)
+                self.update(group, batch, lr, self._roundings(group, coded), scaler)
+                for (p, state), part, own in zip(batch.owners, batch.params, batch.states,
+                                                 strict=True):
+                    sharding.settle(p, state, part, own, self.elementwise)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its own type and bits (torch casts them to the
-        parameter's), and the draws continue with the next step."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        last = 0
-        for index, p in zip(saved, params, strict=True):
-            kept = state_dict["state"].get(index)
-            if kept is None:
-                continue
-            for key, value in kept.items():
-                if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.detach().clone().to(device)
-            last = max(last, int(kept["step"]))
-        self._positions = len(params)
-        clock.set(last + 1)
+        parameter's), and the draws continue with the next step.
+
+        Where both sides have names (``named_parameters()``), states are matched by name, whatever
+        the order and the grouping; else by position. States go to their parameter's device and
+        become sharded as it is.
+
+        Raises:
+            ValueError: names or positions that do not match; the message says which.
+        """
+        load(self, state_dict)
+        clock.set(1 + max((int(s["step"]) for s in self.state.values() if s), default=0))

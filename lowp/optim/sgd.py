@@ -63,5 +63,5 @@ class SGD(Optimizer):
             batch.of("momentum_buffer_scale") if with_momentum else [], batch.of("step"), lr,
             float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
             group["nesterov"], group["maximize"], *rounding, group["seed"], batch.ids,
-            [0] * len(batch.params), *scaler,
+            batch.offsets, *scaler,
         )
