@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from lowp.key import clock, tensor_id
 from lowp.ops.library import FLOATS
 from lowp.ops.update import scale_shape
-from lowp.optim import sharding
+from lowp.optim import compiled, sharding
+from lowp.optim.sharding import Share
 from lowp.optim.state import canonical_names, load
 
 _STATE_DTYPES = {
@@ -31,8 +32,8 @@ class Batch(NamedTuple):
     states: list[dict[str, Any]]
     offsets: list[int]
     """Global index of each one's first element."""
-    owners: list[tuple[Tensor, dict[str, Any]]]
-    """The parameter, maybe sharded, that each one is a part of, and its state."""
+    owners: list[dict[str, Any]]
+    """The state that each one's state is, or is a part of."""
 
     def of(self, key: str) -> list[Tensor]:
         """One state of every parameter; an empty tensor where it has none."""
@@ -140,40 +141,47 @@ class Optimizer(torch.optim.Optimizer):
         """One update of a batch whose states have one type."""
         raise NotImplementedError
 
-    def _init_group(self, group: dict[str, Any]) -> None:
-        """Give every parameter with a gradient a state (dynamo runs a method of this name eagerly)."""
-        ids: list[int] = []
-        for i, p in enumerate(group["params"]):
-            if p.grad is None or self.state[p]:
-                continue
-            if p.dtype not in FLOATS:
-                raise TypeError(
-                    f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 or "
-                    f"float16, got {p.dtype}"
-                )
-            ids = ids or self.ids_of(group)
-            self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
+    def start(self) -> None:
+        """Give every parameter with a gradient a state."""
+        for group in self.param_groups:
+            ids: list[int] = []
+            for i, p in enumerate(group["params"]):
+                if p.grad is None or self.state[p]:
+                    continue
+                if p.dtype not in FLOATS:
+                    raise TypeError(
+                        f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 "
+                        f"or float16, got {p.dtype}"
+                    )
+                ids = ids or self.ids_of(group)
+                self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[Batch]:
-        """Parameters by device and by whether their states are codes."""
+    def _init_group(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> int:
+        """Start every state, list all tensors of the step, and return its plan for the graph.
+
+        torch.compile runs an optimizer's method of this name while it traces, and takes what it put
+        into the lists for inputs of the graph.
+        """
+        self.start()
+        return compiled.record(self, params, grads, states)
+
+    def _batches(self, group: dict[str, Any], shares: Iterable[Share]) -> Iterator[Batch]:
+        """The shares by device and by whether their states are codes."""
         batches: dict[tuple[torch.device, bool], Batch] = {}
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
+        for share in shares:
+            if share.grad.is_sparse:
                 raise RuntimeError(
                     f"lowp.optim.{type(self).__name__} does not support sparse gradients"
                 )
-            state = self.state[p]
-            key = p.device, any(k.endswith("_scale") for k in state)
+            key = share.param.device, any(k.endswith("_scale") for k in share.state)
             batch = batches.setdefault(key, Batch([], [], [], [], []))
             drawn = "stochastic" in self._roundings(group, key[1])
-            for piece in sharding.pieces(p, p.grad, state, drawn, self.elementwise):
+            for piece in share.pieces(drawn and self.elementwise):
                 batch.params.append(piece.param)
                 batch.grads.append(piece.grad)
                 batch.states.append(piece.state)
                 batch.offsets.append(piece.offset)
-                batch.owners.append((p, state))
+                batch.owners.append(share.state)
         yield from batches.values()
 
     def _roundings(self, group: dict[str, Any], coded: bool) -> tuple[str, str]:
@@ -209,23 +217,40 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.applied = torch.compiler.is_compiling() or not self._is_rehearsal()
-        for group in self.param_groups:
-            self._init_group(group)
+        if torch.compiler.is_compiling():
+            self.applied = True
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            states: list[Tensor] = []
+            plan = self._init_group(params, grads, states)
+            compiled.step(params, grads, states, getattr(self, "grad_scale", None),
+                          getattr(self, "found_inf", None), plan)
+            return loss
+        self.applied = not self._is_rehearsal()
+        self.start()
         if not self.applied:
             return loss
         if getattr(self, "found_inf", None) is not None:
             self.found_inf = sharding.whole(self.found_inf)
-        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-            for batch in self._batches(group):
-                coded = any(k.endswith("_scale") for k in batch.states[0])
-                self.update(group, batch, lr, self._roundings(group, coded), scaler)
-                for (p, state), part, own in zip(batch.owners, batch.params, batch.states,
-                                                 strict=True):
-                    sharding.settle(p, state, part, own, self.elementwise)
+            shares = [sharding.share_of(p, p.grad, self.state[p], self.elementwise)
+                      for p in group["params"] if p.grad is not None]
+            self.apply(group, shares, getattr(self, "grad_scale", None),
+                       getattr(self, "found_inf", None))
+            if not self.elementwise:
+                sharding.scatter(shares)
         return loss
+
+    def apply(self, group: dict[str, Any], shares: Iterable[Share], grad_scale: Tensor | None,
+              found_inf: Tensor | None) -> None:
+        """Update this rank's shares of a group's parameters."""
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        for batch in self._batches(group, shares):
+            coded = any(k.endswith("_scale") for k in batch.states[0])
+            self.update(group, batch, lr, self._roundings(group, coded), (grad_scale, found_inf))
+            for state, owner in zip(batch.states, batch.owners, strict=True):
+                if state is not owner:  # one of several runs, with a step of its own
+                    owner["step"].copy_(state["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its own type and bits (torch casts them to the

@@ -144,47 +144,59 @@ class Piece(NamedTuple):
     offset: int
 
 
-def pieces(p: Any, grad: Any, state: dict[str, Any], by_run: bool, elementwise: bool,
-           ) -> list[Piece]:
-    """This rank's part of an update.
+class Share(NamedTuple):
+    """What a rank updates of a parameter: plain tensors."""
 
-    Args:
-        by_run: whether something is drawn, so that each run of a shard needs its own offset; each
-            then has a ``step`` of its own.
-        elementwise: if False, the whole tensors are gathered.
-    """
+    owner: Any
+    """The parameter, for its placement."""
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+
+    def pieces(self, by_run: bool) -> list[Piece]:
+        """The share, as one piece or as one for each run of its elements in the whole tensor.
+
+        Args:
+            by_run: whether something is drawn, so that each run needs its own offset; where there
+                are several, each has a ``step`` of its own.
+        """
+        if not by_run or not is_sharded(self.owner):
+            return [Piece(self.param, self.grad, self.state, 0)]
+        shape = self.owner.shape
+        found = runs(shape, block_of(self.owner, shape))
+        if len(found) == 1:
+            return [Piece(self.param, self.grad, self.state, found[0].offset)]
+        return [
+            Piece(self.param[index], self.grad[index], {
+                key: value.clone() if key == "step" else
+                value[index] if isinstance(value, Tensor) and value.dim() else value
+                for key, value in self.state.items()
+            }, offset)
+            for index, offset in found
+        ]
+
+
+def share_of(p: Any, grad: Any, state: dict[str, Any], elementwise: bool) -> Share:
+    """This rank's share of a parameter; all of it, gathered, if the update is not elementwise."""
     if not is_sharded(p):
-        return [Piece(p, grad, state, 0)]
+        return Share(p, p, grad, state)
     if not elementwise:
-        return [Piece(p.full_tensor(), grad.full_tensor(), state, 0)]
-    values = p.to_local()
-    block = block_of(p, p.shape)
-    if tuple(values.shape) != block.sizes:
-        raise ValueError(
-            f"lowp.optim: a shard of {tuple(p.shape)} over {p.placements} must have shape "
-            f"{block.sizes}, got {tuple(values.shape)}"
-        )
+        return Share(p, p.full_tensor(), grad.full_tensor(), state)
     if grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
-    grads = grad.to_local()
-    states = {key: local(value) for key, value in state.items()}
-    found = runs(p.shape, block) if by_run else [Run((), 0)]
-    if len(found) == 1:
-        return [Piece(values, grads, states, found[0].offset)]
-    return [
-        Piece(values[index], grads[index], {
-            key: value.clone() if key == "step" else
-            value[index] if isinstance(value, Tensor) and value.dim() else value
-            for key, value in states.items()
-        }, offset)
-        for index, offset in found
-    ]
+    values = p.to_local()
+    sizes = block_of(p, p.shape).sizes
+    if tuple(values.shape) != sizes:
+        raise ValueError(
+            f"lowp.optim: a shard of {tuple(p.shape)} over {p.placements} must have shape "
+            f"{sizes}, got {tuple(values.shape)}"
+        )
+    return Share(p, values, grad.to_local(), {key: local(value) for key, value in state.items()})
 
 
-def settle(p: Any, state: dict[str, Any], part: Tensor, own: dict[str, Any],
-           elementwise: bool) -> None:
-    """Bring back what an update wrote into a piece that is not a view of its parameter and state."""
-    if own["step"] is not state["step"]:
-        state["step"].copy_(own["step"])
-    if not elementwise and is_sharded(p):
-        p.to_local().copy_(block_of(p, p.shape).of(part))
+def scatter(shares: Sequence[Share]) -> None:
+    """Write gathered parameters back into the shards."""
+    for share in shares:
+        if is_sharded(share.owner):
+            p = share.owner
+            p.to_local().copy_(block_of(p, p.shape).of(share.param))
