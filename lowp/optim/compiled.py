@@ -61,7 +61,8 @@ def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor],
          grad_scale: Tensor | None, found_inf: Tensor | None, plan: int) -> None:
     """The traced step: this rank's tensors, handed to the op."""
     torch.ops.lowp.optimizer_step(
-        [sharding.local(p) for p in params], [sharding.local(g) for g in grads],
+        [sharding.local(p) for p in params],
+        [sharding.local(sharding.placed_as(p, g)) for p, g in zip(params, grads, strict=True)],
         [sharding.local(s) for s in states], sharding.whole(grad_scale), sharding.whole(found_inf),
         plan,
     )

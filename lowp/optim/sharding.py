@@ -176,14 +176,19 @@ class Share(NamedTuple):
         ]
 
 
+def placed_as(p: Any, grad: Any) -> Any:
+    """A gradient whose placements are its parameter's."""
+    if is_sharded(p) and grad.placements != p.placements:
+        return grad.redistribute(placements=p.placements)
+    return grad
+
+
 def share_of(p: Any, grad: Any, state: dict[str, Any], elementwise: bool) -> Share:
     """This rank's share of a parameter; all of it, gathered, if the update is not elementwise."""
     if not is_sharded(p):
         return Share(p, p, grad, state)
     if not elementwise:
         return Share(p, p.full_tensor(), grad.full_tensor(), state)
-    if grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
     values = p.to_local()
     sizes = block_of(p, p.shape).sizes
     if tuple(values.shape) != sizes:
@@ -191,7 +196,8 @@ def share_of(p: Any, grad: Any, state: dict[str, Any], elementwise: bool) -> Sha
             f"lowp.optim: a shard of {tuple(p.shape)} over {p.placements} must have shape "
             f"{sizes}, got {tuple(values.shape)}"
         )
-    return Share(p, values, grad.to_local(), {key: local(value) for key, value in state.items()})
+    return Share(p, values, placed_as(p, grad).to_local(),
+                 {key: local(value) for key, value in state.items()})
 
 
 def scatter(shares: Sequence[Share]) -> None:
