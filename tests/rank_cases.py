@@ -7,14 +7,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import lowp
-from lowp.key import clock
+from lowp.key import clock, tensor_id
 from tests.tensors import same_bits
 from tests.torchrun import main
 
@@ -136,10 +142,200 @@ def sharded_by_column(folder: Path) -> None:
         raise AssertionError("a block of codes on two ranks was not refused")
 
 
+def two_dimensional(folder: Path) -> None:
+    """FSDP over tensor parallelism, on rows twice and on columns; and FSDP over replicas."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for layout in ("tensor parallel", "replicas"):
+        module, plain = (
+            nn.Sequential(nn.Linear(32, 24, bias=False), nn.Linear(24, 32, bias=False)).half()
+            for _ in range(2)
+        )
+        with torch.no_grad():  # the weights tell which elements a rank was given: fp16 holds 768
+            for p in module.parameters():
+                p.copy_(torch.arange(p.numel()).view(p.shape))
+        if layout == "tensor parallel":
+            styles = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+            parallelize_module(module, mesh["tp"], styles)
+            fully_shard(module, mesh=mesh["dp"])
+        else:
+            fully_shard(module, mesh=mesh)
+        held = [p.to_local().long() for p in module.parameters()]
+        with torch.no_grad():
+            for p, q, index in zip(module.parameters(), plain.parameters(), held, strict=True):
+                p.to_local().copy_(q.flatten()[index])
+        one = MAKE["AdamW"](plain.named_parameters())
+        many = MAKE["AdamW"](module.named_parameters())
+        for step in range(3):
+            set_gradients(plain, step)
+            one.step()
+            for p, q, index in zip(module.parameters(), plain.parameters(), held, strict=True):
+                p.grad = DTensor.from_local(q.grad.flatten()[index], p.device_mesh, p.placements,
+                                            shape=p.shape, stride=p.stride())
+            many.step()
+        assert_same(module, plain)
+
+
+def layers(dtype: torch.dtype, precision: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        lowp.Linear(64, 97, precision=precision, activation="gelu", name="0"),
+        lowp.Linear(97, 10, precision="bf16", name="1"),
+    ).to(dtype)
+
+
+def layers_fully_sharded(folder: Path) -> None:
+    """lowp.Linear under FSDP2: trained on the same data it has the bits of one process."""
+    for precision, dtype, wrap in (("int8_full", torch.float32, lambda m: m),
+                                   ("int8", torch.bfloat16, lambda m: m),
+                                   ("int8_full", torch.float32, compiled_layers)):
+        plain, module = layers(dtype, precision), layers(dtype, precision)
+        for layer in module:
+            fully_shard(layer)  # reshards after its forward, so a read outside it would find a shard
+        fully_shard(module)
+        ran = wrap(module)
+        one = MAKE["AdamW"](plain.named_parameters())
+        many = MAKE["AdamW"](module.named_parameters())
+        for step in range(1, 5):
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+            for target, run, optimizer in ((plain, plain, one), (module, ran, many)):
+                clock.set(step)
+                optimizer.zero_grad()
+                run(x).float().square().mean().backward()
+                optimizer.step()
+            assert_same(module, plain)
+        with torch.no_grad():
+            own = torch.randn(3, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+            assert same_bits(ran(own.to(dtype)), plain(own.to(dtype)))
+
+
+def compiled_layers(module: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(module, backend="aot_eager")
+
+
+def replicas(folder: Path) -> None:
+    """DDP, 200 steps, other data and another torch generator on each rank."""
+    rank = dist.get_rank()
+    torch.manual_seed(100 + rank)
+    torch.rand(rank + 1)
+    model = DistributedDataParallel(layers(torch.bfloat16, "int8_full"))
+    torch.manual_seed(100 + rank)
+    optimizer = MAKE["AdamW"](model.named_parameters(), state_dtype="int8")
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64).bfloat16()).float().square().mean().backward()
+        before = torch.get_rng_state()
+        optimizer.step()
+        assert torch.equal(torch.get_rng_state(), before)
+    assert optimizer.state[model.module[0].weight]["tensor"] == tensor_id("0.weight")
+    for name, p in model.named_parameters():
+        everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, p.detach())
+        assert all(same_bits(other, p.detach()) for other in everyone), name
+
+
+def infinity_on_one_rank(folder: Path) -> None:
+    """A gradient scaler that finds an Inf in one shard skips the step on every rank."""
+    module = Parameters(torch.bfloat16)
+    fully_shard(module)
+    optimizer = MAKE["AdamW"](module.named_parameters(), state_dtype="int8")
+    set_gradients(module, 0)
+    optimizer.step()
+    kept = {n: p.detach().clone() for n, p in module.named_parameters()}
+    states = {n: {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+              for n, p in module.named_parameters()}
+    step = clock.step.item()
+    set_gradients(module, 1)
+    if dist.get_rank() == 0:
+        module.row.grad.to_local()[0, 77] = torch.inf
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 0.5 and clock.step.item() == step
+    for name, p in module.named_parameters():
+        assert same_bits(whole(p.detach()), whole(kept[name])), name
+        for key, value in states[name].items():
+            assert same_bits(whole(optimizer.state[p][key]), whole(value)), (name, key)
+
+
+class Normalized(lowp.optim.SGD):
+    """SGD that divides a gradient by its tensor's norm, which no shard knows."""
+
+    elementwise = False
+
+    def update(self, group, batch, lr, rounding, scaler):
+        grads = [g / torch.linalg.vector_norm(g.float()).to(g.dtype) for g in batch.grads]
+        super().update(group, batch._replace(grads=grads), lr, rounding, scaler)
+
+
+def not_elementwise(folder: Path) -> None:
+    """An optimizer that needs whole tensors gets them."""
+    plain, module = Parameters(torch.bfloat16), Parameters(torch.bfloat16)
+    fully_shard(module)
+    one, many = (Normalized(m.named_parameters(), momentum=0.9, state_dtype="int8")
+                 for m in (plain, module))
+    for step in range(3):
+        for target, optimizer in ((plain, one), (module, many)):
+            set_gradients(target, step)
+            optimizer.step()
+    assert_same(module, plain)
+    assert_same_states(many, module, one, plain)
+
+
+RESHARDED = (("AdamW", torch.bfloat16, "int8"), ("SGD", torch.float16, "bf16"))
+
+
+def resume(folder: Path, name: str, dtype: torch.dtype, state: str, shard: bool):
+    """A module and its optimizer as a torch.distributed.checkpoint left them."""
+    module = Parameters(dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    if shard:
+        fully_shard(module)
+    optimizer = MAKE[name](module.named_parameters(), state_dtype=state)
+    loaded = {"model": dcp_state.get_model_state_dict(module),
+              "optimizer": dcp_state.get_optimizer_state_dict(module, optimizer)}
+    checkpoint.load(loaded, checkpoint_id=folder)
+    clock.set(1)
+    dcp_state.set_model_state_dict(module, loaded["model"])
+    dcp_state.set_optimizer_state_dict(module, optimizer, loaded["optimizer"])
+    return module, optimizer
+
+
+def advance(module: nn.Module, optimizer, steps: range) -> None:
+    for step in steps:
+        set_gradients(module, step)
+        optimizer.step()
+
+
+def keep(module: nn.Module, optimizer, folder: Path) -> None:
+    state = {"model": dcp_state.get_model_state_dict(module),
+             "optimizer": dcp_state.get_optimizer_state_dict(module, optimizer)}
+    checkpoint.save(state, checkpoint_id=folder)
+
+
+def resharded(folder: Path) -> None:
+    """Goes on from 1 rank on 2, and from 2 on 4; test_ranks.py takes the first and the last leg."""
+    ranks = dist.get_world_size()
+    for name, dtype, state in RESHARDED:
+        module, optimizer = resume(folder / f"{name}-{ranks // 2}", name, dtype, state, True)
+        assert clock.step.item() == (26 if ranks == 2 else 51)
+        advance(module, optimizer, range(25, 50) if ranks == 2 else range(50, 75))
+        keep(module, optimizer, folder / f"{name}-{ranks}")
+
+
 CASES = {
     "fully_sharded": ((2, 4), fully_sharded),
     "fully_sharded_compiled": ((2,), fully_sharded_compiled),
     "sharded_by_column": ((2,), sharded_by_column),
+    "two_dimensional": ((4,), two_dimensional),
+    "layers_fully_sharded": ((2,), layers_fully_sharded),
+    "replicas": ((2,), replicas),
+    "infinity_on_one_rank": ((2, 4), infinity_on_one_rank),
+    "not_elementwise": ((2,), not_elementwise),
+    "resharded": ((2, 4), resharded),
 }
 
 if __name__ == "__main__":
