@@ -1,4 +1,4 @@
-"""What test_ranks.py runs on every rank; each case compares with an unsharded optimizer beside it."""
+"""What test_ranks.py runs on every rank; each case compares with an unsharded twin beside it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def assert_same_states(optimizer, module, other, plain) -> None:
         a, b = optimizer.state[p], other.state[q]
         assert list(a) == list(b), name
         for key in a:
-            equal = same_bits(whole(a[key]), b[key]) if isinstance(b[key], Tensor) else a[key] == b[key]
+            got, want = whole(a[key]), b[key]
+            equal = same_bits(got, want) if isinstance(want, Tensor) else got == want
             assert equal, (name, key)
 
 
@@ -190,14 +191,14 @@ def layers_fully_sharded(folder: Path) -> None:
                                    ("int8_full", torch.float32, compiled_layers)):
         plain, module = layers(dtype, precision), layers(dtype, precision)
         for layer in module:
-            fully_shard(layer)  # reshards after its forward, so a read outside it would find a shard
+            fully_shard(layer)  # reshards after its forward: a read outside it finds a shard
         fully_shard(module)
         ran = wrap(module)
         one = MAKE["AdamW"](plain.named_parameters())
         many = MAKE["AdamW"](module.named_parameters())
         for step in range(1, 5):
             x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
-            for target, run, optimizer in ((plain, plain, one), (module, ran, many)):
+            for run, optimizer in ((plain, one), (ran, many)):
                 clock.set(step)
                 optimizer.zero_grad()
                 run(x).float().square().mean().backward()
@@ -297,7 +298,7 @@ def resume(folder: Path, name: str, dtype: torch.dtype, state: str, shard: bool)
     optimizer = MAKE[name](module.named_parameters(), state_dtype=state)
     loaded = {"model": dcp_state.get_model_state_dict(module),
               "optimizer": dcp_state.get_optimizer_state_dict(module, optimizer)}
-    checkpoint.load(loaded, checkpoint_id=folder)
+    checkpoint.load(loaded, checkpoint_id=folder, no_dist=not shard)
     clock.set(1)
     dcp_state.set_model_state_dict(module, loaded["model"])
     dcp_state.set_optimizer_state_dict(module, optimizer, loaded["optimizer"])
@@ -313,7 +314,7 @@ def advance(module: nn.Module, optimizer, steps: range) -> None:
 def keep(module: nn.Module, optimizer, folder: Path) -> None:
     state = {"model": dcp_state.get_model_state_dict(module),
              "optimizer": dcp_state.get_optimizer_state_dict(module, optimizer)}
-    checkpoint.save(state, checkpoint_id=folder)
+    checkpoint.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def resharded(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cases that run on several ranks: real processes under torchrun, with gloo, and a limit on time."""
+"""Cases that run on several ranks: real processes under torchrun, with gloo and a time limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Case = Callable[[Path], None]
 
 
 def launch(module: str, ranks: int, folder: Path, seconds: int = 240) -> dict[str, str]:
-    """Run the cases of ``module`` on ``ranks`` processes; what each said, empty where it passed.
+    """Run a module's cases on ``ranks`` processes; what each said, empty where it passed.
 
     The first failure ends all; cases behind it are missing.
 
@@ -30,14 +30,14 @@ def launch(module: str, ranks: int, folder: Path, seconds: int = 240) -> dict[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(ranks), "-m", module, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"{ranks} ranks took more than {seconds} s:\n{output[-4000:]}") from None
+        raise AssertionError(f"{ranks} ranks took over {seconds} s:\n{output[-4000:]}") from None
     said: dict[str, str] = {}
     for result in folder.glob(f"rank*of{ranks}.json"):
         for case, message in json.loads(result.read_text()).items():
@@ -47,7 +47,7 @@ def launch(module: str, ranks: int, folder: Path, seconds: int = 240) -> dict[st
 
 
 def main(cases: dict[str, tuple[tuple[int, ...], Case]]) -> None:
-    """In every process: run the cases meant for this number of ranks, and write down what they said."""
+    """In every process: run the cases for this number of ranks, and write what they said."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     folder = Path(sys.argv[1])

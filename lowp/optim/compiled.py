@@ -1,6 +1,6 @@
 """A step inside torch.compile: one op in the graph, which reads the groups' options when it runs.
 
-So no learning rate, beta or weight decay is a constant of the graph, and none of them recompiles it.
+So no learning rate, beta or weight decay is a constant of the graph, and no change recompiles it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lowp.optim import sharding
 if TYPE_CHECKING:
     from lowp.optim.optimizer import Optimizer
 
-LIBRARY.define(
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "optimizer_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor? grad_scale, "
     "Tensor? found_inf, int plan) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -85,5 +85,7 @@ def _run(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Ten
         optimizer.apply(group, shares, grad_scale, found_inf)
 
 
-LIBRARY.impl("optimizer_step", _run, "CompositeExplicitAutograd")
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "optimizer_step", _run, "CompositeExplicitAutograd"
+)
 torch.library.register_fake("lowp::optimizer_step", lambda *args: None, lib=LIBRARY)

@@ -59,6 +59,8 @@ class Optimizer(torch.optim.Optimizer):
     elementwise: ClassVar[bool] = True
     """Whether an element's update depends on that element alone. If not, every rank gathers the
     gradient and the parameter, updates all of it, keeps whole states and writes back its shard."""
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
     applied = True
     """Whether the last step counts: False after one that only made the states."""
 

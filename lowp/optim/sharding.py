@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowp.ops.update import BLOCK
+from lowp.reference.codec import BLOCK
 
 
 class Block(NamedTuple):
@@ -33,25 +33,25 @@ class Block(NamedTuple):
 class Run(NamedTuple):
     """Elements of a shard that lie one behind the other in the whole tensor."""
 
-    index: tuple[int, ...]
-    """Of the shard's leading dimensions; ``()`` for the whole shard."""
+    at: tuple[int, ...]
+    """Index of the shard's leading dimensions; ``()`` for the whole shard."""
     offset: int
     """Of the first element, in the whole tensor."""
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Any) -> bool:
     """Whether ``x`` is a DTensor (of any placements)."""
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
 def local(x: Any) -> Any:
     """This rank's elements of a DTensor; anything else as it is."""
-    return x.to_local() if isinstance(x, Tensor) and is_sharded(x) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def whole(x: Any) -> Any:
     """All elements of a DTensor, gathered by all ranks of its mesh; anything else as it is."""
-    return x.full_tensor() if isinstance(x, Tensor) and is_sharded(x) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def block_of(p: Any, shape: Sequence[int]) -> Block:
@@ -95,8 +95,8 @@ def runs(shape: Sequence[int], block: Block) -> list[Run]:
     lead = split if math.prod(sizes[:split]) > 1 else 0  # dimensions that are walked
     base = sum(start * stride for start, stride in zip(starts, strides, strict=True))
     return [
-        Run(index, base + sum(i * stride for i, stride in zip(index, strides, strict=False)))
-        for index in itertools.product(*(range(n) for n in sizes[:lead]))
+        Run(at, base + sum(i * stride for i, stride in zip(at, strides, strict=False)))
+        for at in itertools.product(*(range(n) for n in sizes[:lead]))
     ]
 
 
@@ -167,12 +167,12 @@ class Share(NamedTuple):
         if len(found) == 1:
             return [Piece(self.param, self.grad, self.state, found[0].offset)]
         return [
-            Piece(self.param[index], self.grad[index], {
+            Piece(self.param[at], self.grad[at], {
                 key: value.clone() if key == "step" else
-                value[index] if isinstance(value, Tensor) and value.dim() else value
+                value[at] if isinstance(value, Tensor) and value.dim() else value
                 for key, value in self.state.items()
             }, offset)
-            for index, offset in found
+            for at, offset in found
         ]
 
 

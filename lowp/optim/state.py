@@ -1,4 +1,4 @@
-"""Loading an optimizer's state: matched by name or position, types and bits kept, sharded as needed."""
+"""Loading an optimizer's state: by name or position, types and bits kept, sharded as needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from lowp.optim import sharding
 if TYPE_CHECKING:
     from lowp.optim.optimizer import Optimizer
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
+)
 _OF_PARAMS = ("params", "param_names")
 
 
@@ -100,10 +102,10 @@ def _by_name(optimizer: Optimizer, saved: list[dict[str, Any]], ours: list[list[
         for name, i in zip(names, group["params"], strict=True)
     }
     wanted = {name for names in ours for name in names}
-    for what, names in (("does not have", wanted - set(where)), ("has more than the optimizer:",
-                                                                set(where) - wanted)):
-        if names:
-            raise ValueError(f"{_of(optimizer)}: the state {what} {', '.join(sorted(names))}")
+    for what, odd in (("does not have", wanted - set(where)),
+                      ("has more than the optimizer:", set(where) - wanted)):
+        if odd:
+            raise ValueError(f"{_of(optimizer)}: the state {what} {', '.join(sorted(odd))}")
     ids, sources = [], []
     for group, names in zip(optimizer.param_groups, ours, strict=True):
         found = [where[name] for name in names]
@@ -122,7 +124,7 @@ def _restored(optimizer: Optimizer, p: Tensor, state: dict[str, Any]) -> dict[st
     if "step" not in state or "tensor" not in state:
         raise ValueError(
             f"{_of(optimizer)}: a state must have 'step' and 'tensor', got "
-            f"{', '.join(map(str, state))}; lowp.optim.from_torch converts the states of torch.optim"
+            f"{', '.join(map(str, state))}; lowp.optim.from_torch converts torch.optim's states"
         )
     result: dict[str, Any] = {}
     for key, value in state.items():
