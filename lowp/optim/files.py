@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +46,11 @@ def save_state(optimizer: Optimizer, path: str | os.PathLike[str]) -> None:
     if not gathers or torch.distributed.get_rank() == 0:
         packed, tensors = pack(state)
         target = Path(path)
-        fresh = target.with_name(f".writing-{target.name}-{os.getpid()}")
+        # a directory, for safetensors writes a file of a name of its own beside the one asked for
+        folder = target.with_name(f".writing-{target.name}-{os.getpid()}")
+        fresh = folder / target.name
         try:
+            folder.mkdir(exist_ok=True)
             try:
                 save_file(storable(tensors), fresh,
                           {_KEY: json.dumps(packed, allow_nan=False), "format": FORMAT})
@@ -54,13 +58,12 @@ def save_state(optimizer: Optimizer, path: str | os.PathLike[str]) -> None:
                 raise OSError(f"lowp.optim.save_state: writing {fresh} failed: {error}") from error
             sync(fresh)
             os.replace(fresh, target)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         sync(target.parent)
         for left in target.parent.iterdir():  # by a process that was killed inside a save
             if left.name.startswith(f".writing-{target.name}-"):
-                left.unlink(missing_ok=True)
+                shutil.rmtree(left, ignore_errors=True)
     if gathers:
         torch.distributed.barrier()  # nobody reads before it is there
 
