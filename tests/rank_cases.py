@@ -76,7 +76,7 @@ def assert_same_states(optimizer, module, other, plain) -> None:
         a, b = optimizer.state[p], other.state[q]
         assert list(a) == list(b), name
         for key in a:
-            got, want = whole(a[key]), b[key]
+            got, want = whole(a[key]), whole(b[key])
             equal = same_bits(got, want) if isinstance(want, Tensor) else got == want
             assert equal, (name, key)
 
@@ -323,8 +323,34 @@ def resharded(folder: Path) -> None:
     for name, dtype, state in RESHARDED:
         module, optimizer = resume(folder / f"{name}-{ranks // 2}", name, dtype, state, True)
         assert clock.step.item() == (26 if ranks == 2 else 51)
+        if ranks == 4:
+            other = Parameters(dtype)
+            fully_shard(other)
+            loaded = MAKE[name](other.named_parameters())
+            lowp.optim.load_state(loaded, folder / f"{name}-2.safetensors")
+            assert_same_states(loaded, other, optimizer, module)
         advance(module, optimizer, range(25, 50) if ranks == 2 else range(50, 75))
         keep(module, optimizer, folder / f"{name}-{ranks}")
+        lowp.optim.save_state(optimizer, folder / f"{name}-{ranks}.safetensors")
+
+
+def converted(folder: Path) -> None:
+    """States of torch's AdamW on shards, here and back."""
+    plain, module = Parameters(), Parameters()
+    fully_shard(module)
+    found = {}
+    for target in (plain, module):
+        foreign = torch.optim.AdamW(target.named_parameters(), lr=1e-2)
+        for step in range(2):
+            set_gradients(target, step)
+            foreign.step()
+        optimizer = MAKE["AdamW"](target.named_parameters(), state_dtype="int8")
+        optimizer.load_state_dict(lowp.optim.from_torch(optimizer, foreign.state_dict()))
+        assert {s["step"].item() for s in optimizer.state.values()} == {2.0}
+        found[target] = optimizer, lowp.optim.to_torch(optimizer)["state"]
+    assert_same_states(found[module][0], module, found[plain][0], plain)
+    for many, one in zip(found[module][1].values(), found[plain][1].values(), strict=True):
+        assert all(same_bits(whole(many[key]), one[key]) for key in one)
 
 
 CASES = {
@@ -336,6 +362,7 @@ CASES = {
     "replicas": ((2,), replicas),
     "infinity_on_one_rank": ((2, 4), infinity_on_one_rank),
     "not_elementwise": ((2,), not_elementwise),
+    "converted": ((2,), converted),
     "resharded": ((2, 4), resharded),
 }
 

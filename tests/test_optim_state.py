@@ -170,6 +170,16 @@ def test_wrappers_do_not_change_an_id(wrapped):
     assert own.state[model.a]["tensor"] == tensor_id("module.a")
 
 
+def test_an_empty_state_loads():
+    """accelerate loads one before the first step."""
+    model = Model()
+    optimizer = MAKE["AdamW"](model.named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    clock.set(1)
+    run(model, optimizer, range(2))
+    assert clock.step.item() == 3 and optimizer.state[model.a]["step"] == 2
+
+
 def test_load_runs_hooks_and_moves_devices():
     model, calls = Model(), []
     optimizer = MAKE["AdamW"](model.named_parameters(), state_dtype="bf16")

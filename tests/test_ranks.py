@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import lowp
 from tests import rank_cases
 from tests.torchrun import launch
 
@@ -49,6 +50,9 @@ def test_one_two_four_ranks_and_back(folder, four, name, dtype, state):
     one = rank_cases.MAKE[name](plain.named_parameters(), state_dtype=state)
     rank_cases.advance(plain, one, range(100))
     module, optimizer = rank_cases.resume(folder / f"{name}-4", name, dtype, state, False)
+    other = rank_cases.MAKE[name](module.named_parameters())
+    lowp.optim.load_state(other, folder / f"{name}-4.safetensors")
+    rank_cases.assert_same_states(other, module, optimizer, module)
     rank_cases.advance(module, optimizer, range(75, 100))
     rank_cases.assert_same(module, plain)
     rank_cases.assert_same_states(optimizer, module, one, plain)

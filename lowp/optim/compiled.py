@@ -58,8 +58,14 @@ def record(optimizer: Optimizer, params: list[Tensor], grads: list[Tensor],
 
 
 def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor],
-         grad_scale: Tensor | None, found_inf: Tensor | None, plan: int) -> None:
+         grad_scale: Tensor | None, found_inf: Tensor | None, plan: int,
+         elementwise: bool) -> None:
     """The traced step: this rank's tensors, handed to the op."""
+    if not elementwise and any(sharding.is_sharded(p) for p in params):
+        raise RuntimeError(
+            "lowp.optim: torch.compile of a step that gathers sharded parameters is not supported, "
+            "since its update is not elementwise; call step() outside the compiled function"
+        )
     torch.ops.lowp.optimizer_step(
         [sharding.local(p) for p in params],
         [sharding.local(sharding.placed_as(p, g)) for p, g in zip(params, grads, strict=True)],

@@ -226,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
             states: list[Tensor] = []
             plan = self._init_group(params, grads, states)
             compiled.step(params, grads, states, getattr(self, "grad_scale", None),
-                          getattr(self, "found_inf", None), plan)
+                          getattr(self, "found_inf", None), plan, self.elementwise)
             return loss
         self.applied = not self._is_rehearsal()
         self.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         adapted = before(optimizer, state_dict)
         state_dict = state_dict if adapted is None else adapted
     groups, kept = aligned(optimizer, state_dict)
-    states = {p: _restored(optimizer, p, state) for p, state in kept}
+    states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    states.update((p, _restored(optimizer, p, state)) for p, state in kept)
     optimizer.__setstate__({"state": states, "param_groups": groups})
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
