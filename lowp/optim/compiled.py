@@ -69,8 +69,7 @@ def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor],
     torch.ops.lowp.optimizer_step(
         [sharding.local(p) for p in params],
         [sharding.local(sharding.placed_as(p, g)) for p, g in zip(params, grads, strict=True)],
-        [sharding.local(s) for s in states], sharding.whole(grad_scale), sharding.whole(found_inf),
-        plan,
+        [sharding.local(s) for s in states], grad_scale, found_inf, plan,
     )
 
 

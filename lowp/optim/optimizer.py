@@ -232,8 +232,6 @@ class Optimizer(torch.optim.Optimizer):
         self.start()
         if not self.applied:
             return loss
-        if getattr(self, "found_inf", None) is not None:
-            self.found_inf = sharding.whole(self.found_inf)
         for group in self.param_groups:
             shares = [sharding.share_of(p, p.grad, self.state[p], self.elementwise)
                       for p in group["params"] if p.grad is not None]
