@@ -19,7 +19,7 @@ from lowp.optim import sharding
 if TYPE_CHECKING:
     from lowp.optim.optimizer import Optimizer
 
-LIBRARY.define(  # type: ignore[no-untyped-call]
+LIBRARY.define(
     "optimizer_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor? grad_scale, "
     "Tensor? found_inf, int plan) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -57,11 +57,13 @@ def record(optimizer: Optimizer, params: list[Tensor], grads: list[Tensor],
     return number
 
 
-def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor],
-         grad_scale: Tensor | None, found_inf: Tensor | None, plan: int,
-         elementwise: bool) -> None:
+def step(optimizer: Optimizer) -> None:
     """The traced step: this rank's tensors, handed to the op."""
-    if not elementwise and any(sharding.is_sharded(p) for p in params):
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    states: list[Tensor] = []
+    plan = optimizer._init_group(params, grads, states)
+    if not optimizer.elementwise and any(sharding.is_sharded(p) for p in params):
         raise RuntimeError(
             "lowp.optim: torch.compile of a step that gathers sharded parameters is not supported, "
             "since its update is not elementwise; call step() outside the compiled function"
@@ -69,7 +71,8 @@ def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor],
     torch.ops.lowp.optimizer_step(
         [sharding.local(p) for p in params],
         [sharding.local(sharding.placed_as(p, g)) for p, g in zip(params, grads, strict=True)],
-        [sharding.local(s) for s in states], grad_scale, found_inf, plan,
+        [sharding.local(s) for s in states], getattr(optimizer, "grad_scale", None),
+        getattr(optimizer, "found_inf", None), plan,
     )
 
 
@@ -87,10 +90,10 @@ def _run(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Ten
             owner = group["params"][j]
             tensors = {key: next(left) for key in keys}
             shares.append(sharding.Share(owner, p, g, {**optimizer.state[owner], **tensors}))
-        optimizer.apply(group, shares, grad_scale, found_inf)
+        optimizer.apply(group, shares, (grad_scale, found_inf))
 
 
-LIBRARY.impl(  # type: ignore[no-untyped-call]
+LIBRARY.impl(
     "optimizer_step", _run, "CompositeExplicitAutograd"
 )
 torch.library.register_fake("lowp::optimizer_step", lambda *args: None, lib=LIBRARY)

@@ -143,20 +143,19 @@ class Optimizer(torch.optim.Optimizer):
         """One update of a batch whose states have one type."""
         raise NotImplementedError
 
-    def start(self) -> None:
-        """Give every parameter with a gradient a state."""
-        for group in self.param_groups:
-            ids: list[int] = []
-            for i, p in enumerate(group["params"]):
-                if p.grad is None or self.state[p]:
-                    continue
-                if p.dtype not in FLOATS:
-                    raise TypeError(
-                        f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 "
-                        f"or float16, got {p.dtype}"
-                    )
-                ids = ids or self.ids_of(group)
-                self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
+    def start(self, group: dict[str, Any]) -> None:
+        """Give every parameter of the group that has a gradient a state."""
+        ids: list[int] = []
+        for i, p in enumerate(group["params"]):
+            if p.grad is None or self.state[p]:
+                continue
+            if p.dtype not in FLOATS:
+                raise TypeError(
+                    f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 or "
+                    f"float16, got {p.dtype}"
+                )
+            ids = ids or self.ids_of(group)
+            self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
 
     def _init_group(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> int:
         """Start every state, list all tensors of the step, and return its plan for the graph.
@@ -164,7 +163,8 @@ class Optimizer(torch.optim.Optimizer):
         torch.compile runs an optimizer's method of this name while it traces, and takes what it put
         into the lists for inputs of the graph.
         """
-        self.start()
+        for group in self.param_groups:
+            self.start(group)
         return compiled.record(self, params, grads, states)
 
     def _batches(self, group: dict[str, Any], shares: Iterable[Share]) -> Iterator[Batch]:
@@ -200,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.state or any(g["lr"] != 0 for g in self.param_groups):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return not any(sharding.whole(torch.count_nonzero(g)).item() for g in grads)
+        return bool(grads) and not any(sharding.whole(torch.count_nonzero(g)).item() for g in grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -221,33 +221,32 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             self.applied = True
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            states: list[Tensor] = []
-            plan = self._init_group(params, grads, states)
-            compiled.step(params, grads, states, getattr(self, "grad_scale", None),
-                          getattr(self, "found_inf", None), plan, self.elementwise)
+            compiled.step(self)
             return loss
         self.applied = not self._is_rehearsal()
-        self.start()
-        if not self.applied:
-            return loss
         for group in self.param_groups:
-            shares = [sharding.share_of(p, p.grad, self.state[p], self.elementwise)
-                      for p in group["params"] if p.grad is not None]
-            self.apply(group, shares, getattr(self, "grad_scale", None),
-                       getattr(self, "found_inf", None))
-            if not self.elementwise:
-                sharding.scatter(shares)
+            self.start(group)
+            if self.applied:
+                params = [p for p in group["params"] if p.grad is not None]
+                self.step_params(group, params, (getattr(self, "grad_scale", None),
+                                                 getattr(self, "found_inf", None)))
         return loss
 
-    def apply(self, group: dict[str, Any], shares: Iterable[Share], grad_scale: Tensor | None,
-              found_inf: Tensor | None) -> None:
+    def step_params(self, group: dict[str, Any], params: Iterable[Tensor],
+                    scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """Update some of a group's parameters, all with a gradient and a state."""
+        shares = [sharding.share_of(p, p.grad, self.state[p], self.elementwise) for p in params]
+        self.apply(group, shares, scaler)
+        if not self.elementwise:
+            sharding.scatter(shares)
+
+    def apply(self, group: dict[str, Any], shares: Iterable[Share],
+              scaler: tuple[Tensor | None, Tensor | None]) -> None:
         """Update this rank's shares of a group's parameters."""
         lr = torch.as_tensor(group["lr"], dtype=torch.float64)
         for batch in self._batches(group, shares):
             coded = any(k.endswith("_scale") for k in batch.states[0])
-            self.update(group, batch, lr, self._roundings(group, coded), (grad_scale, found_inf))
+            self.update(group, batch, lr, self._roundings(group, coded), scaler)
             for state, owner in zip(batch.states, batch.owners, strict=True):
                 if state is not owner:  # one of several runs, with a step of its own
                     owner["step"].copy_(state["step"])
