@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowp.optim.optimizer import Optimizer
 
 _CONVERTIBLE = ("Adam", "AdamW", "SGD")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def from_torch(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def from_torch(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, An
         ids = optimizer.ids_of(current)
         for i, p in enumerate(current["params"]):
             if p in found:
-                own = optimizer.init_state(p, {**current, **group}, i)
+                own = optimizer.first_state(p, {**current, **group}, i, ids[i])
                 _fill(own, found[p])
-                state[position] = {**own, "tensor": ids[i]}
+                state[position] = own
             position += 1
     return {"state": state, "param_groups": _numbered(groups)}
 
@@ -70,13 +71,10 @@ def to_torch(optimizer: Optimizer) -> dict[str, Any]:
         if own["step"] == 0:
             continue  # torch begins a state with the first update
         state[i] = {
-            key: value if value.is_floating_point() else _decoded(params[i], value,
-                                                                  own[f"{key}_scale"])
+            key: _decoded(params[i], value, own[f"{key}_scale"]) if f"{key}_scale" in own else value
             for key, value in own.items()
-            if isinstance(value, Tensor) and not key.endswith("_scale")
+            if key in _MOMENTS or (key == "step" and type(optimizer).__name__ != "SGD")
         }
-        if type(optimizer).__name__ == "SGD":
-            del state[i]["step"]
     return {"state": {i: own for i, own in state.items() if own}, "param_groups": groups}
 
 
@@ -105,9 +103,7 @@ def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
     moments = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
     state["step"] = torch.as_tensor(saved.get("step", 1.0 if moments else 0.0),
                                     dtype=torch.float32).detach().clone().cpu()
-    for key in [k for k in state if k != "step" and not k.endswith("_scale")]:
-        if key not in moments:
-            continue
+    for key in [k for k in state if k in _MOMENTS and k in moments]:
         target, value = state[key], moments[key].detach()
         whole = sharding.whole(value)
         if sharding.is_sharded(target):

@@ -134,8 +134,13 @@ class Optimizer(torch.optim.Optimizer):
             return sharding.zeros(p, shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=sharding.local(p).device)
 
+    def first_state(self, p: Tensor, group: dict[str, Any], index: int,
+                    tensor: int) -> dict[str, Any]:
+        """Everything that is kept of a parameter, before its first update."""
+        return {**self.init_state(p, group, index), "tensor": tensor}
+
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """The state of a parameter before its first update."""
+        """The moments of a parameter before its first update, behind :meth:`new_state`."""
         raise NotImplementedError
 
     def update(self, group: dict[str, Any], batch: Batch, lr: Tensor, rounding: tuple[str, str],
@@ -155,7 +160,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"float16, got {p.dtype}"
                 )
             ids = ids or self.ids_of(group)
-            self.state[p].update(self.init_state(p, group, i), tensor=ids[i])
+            self.state[p].update(self.first_state(p, group, i, ids[i]))
 
     def _init_group(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> int:
         """Start every state, list all tensors of the step, and return its plan for the graph.
