@@ -4,6 +4,8 @@ from lowp.optim.accumulate import GradientAccumulation
 from lowp.optim.adafactor import Adafactor
 from lowp.optim.adam import Adam
 from lowp.optim.adamw import AdamW
+from lowp.optim.conversion import from_torch, to_torch
+from lowp.optim.files import load_state, save_state
 from lowp.optim.lion import Lion
 from lowp.optim.muon import Muon
 from lowp.optim.release import GradientRelease
@@ -18,4 +20,8 @@ __all__ = [
     "GradientRelease",
     "Lion",
     "Muon",
+    "from_torch",
+    "load_state",
+    "save_state",
+    "to_torch",
 ]

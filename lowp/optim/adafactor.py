@@ -28,6 +28,8 @@ class Adafactor(Optimizer):
         ValueError: a hyperparameter out of range or an unknown option.
     """
 
+    elementwise = False
+
     def __init__(self, params: Any, lr: float | Tensor = 1e-2, beta2_decay: float = -0.8,
                  eps: tuple[float | None, float] = (None, 1e-3), d: float = 1.0,
                  weight_decay: float = 0.0, *, foreach: bool | None = None,
@@ -70,5 +72,5 @@ class Adafactor(Optimizer):
             batch.of("variance"), batch.of("step"), lr, group["beta2_decay"],
             torch.finfo(torch.float32).eps if eps1 is None else eps1, eps2, group["d"],
             group["weight_decay"], group["maximize"], rounding[0], group["seed"], batch.ids,
-            [0] * len(batch.params), *scaler, batch.masters,
+            batch.offsets, *scaler, batch.masters,
         )

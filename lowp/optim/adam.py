@@ -76,6 +76,6 @@ class Adam(Optimizer):
             batch.of("exp_avg_scale"), batch.of("exp_avg_sq_scale"),
             batch.of("max_exp_avg_sq") if group["amsgrad"] else [], batch.of("step"), lr, beta1,
             beta2, group["weight_decay"], group["eps"], group["maximize"], *rounding,
-            group["seed"], batch.ids, [0] * len(batch.params), *scaler,
+            group["seed"], batch.ids, batch.offsets, *scaler,
             not group["decoupled_weight_decay"], batch.masters,
         )

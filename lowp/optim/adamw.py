@@ -13,7 +13,8 @@ from lowp.optim.adam import Adam
 class AdamW(Adam):
     """``torch.optim.AdamW`` in one fused pass with one rounding a store.
 
-    The formula and its source: :data:`lowp.ops.adamw.adamw`.
+    The formula and its source: :data:`lowp.ops.adamw.adamw`. Sharded parameters (DTensor, as FSDP2
+    and tensor parallelism make them) get the bits of unsharded ones, and sharded states.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch; ``lr`` may be a
@@ -24,10 +25,12 @@ class AdamW(Adam):
             the mean; Gupta et al., ICML 2015, section 3) or ``"nearest"``. fp32 is not rounded.
         state_dtype: of the moments: ``None`` for the parameter's type, ``"fp32"``, ``"bf16"``,
             ``"fp16"``, ``"int8"`` or that ``torch.dtype``. int8 takes a byte an element and 4 a
-            block of 256; it is for tensors of at least 4096 elements (the others keep fp32).
+            block of 256; it is for matrices and higher dimensions of at least 4096 elements in
+            the whole, unsharded tensor (the others keep fp32).
         state_rounding: of states that are not fp32; ``None``: 16-bit states as the weights (a
             second moment rounded to nearest in bf16 stands still), 8-bit states to nearest.
-        seed: of the draws; the same seed gives the same bits on any machine and number of threads.
+        seed: of the draws; the same seed gives the same bits on any machine, number of threads and
+            number of ranks.
         master: what is kept of the bits that a 16-bit weight lacks: ``None``; ``"remainder"``: of a
             bf16 weight all 16 others, so that training is that of fp32 weights bit for bit and
             ``rounding`` has no effect on them (the weight is the nearest bf16); ``"kahan"``: what
@@ -36,7 +39,8 @@ class AdamW(Adam):
             fp32 weights need none.
         clip_grad_norm: largest norm of all gradients of the optimizer together, as
             ``torch.nn.utils.clip_grad_norm_`` defines it; the factor is applied inside the update,
-            and no gradient is written. ``None``: no clipping.
+            and no gradient is written. Sharded gradients are gathered for it, one at a time, so
+            that the norm has one process's bits. ``None``: no clipping.
 
     Raises:
         ValueError: a hyperparameter out of range or an unknown option.

@@ -68,5 +68,5 @@ class Lion(Optimizer):
         lion(
             batch.params, batch.grads, batch.of("exp_avg"), batch.of("exp_avg_scale"),
             batch.of("step"), lr, beta1, beta2, float(group["weight_decay"]), group["maximize"],
-            *rounding, group["seed"], batch.ids, [0] * len(batch.params), *scaler, batch.masters,
+            *rounding, group["seed"], batch.ids, batch.offsets, *scaler, batch.masters,
         )

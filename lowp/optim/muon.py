@@ -27,6 +27,8 @@ class Muon(Optimizer):
         ValueError: a hyperparameter out of range, an unknown option, a parameter that is no matrix.
     """
 
+    elementwise = False
+
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.1,
                  momentum: float = 0.95, nesterov: bool = True,
                  ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
@@ -80,5 +82,5 @@ class Muon(Optimizer):
             batch.of("momentum_buffer_scale"), batch.of("step"), lr, float(group["momentum"]),
             group["nesterov"], list(group["ns_coefficients"]), group["eps"], group["ns_steps"],
             float(group["weight_decay"]), group["adjust_lr_fn"] or "original", group["maximize"],
-            *rounding, group["seed"], batch.ids, [0] * len(batch.params), *scaler, batch.masters,
+            *rounding, group["seed"], batch.ids, batch.offsets, *scaler, batch.masters,
         )

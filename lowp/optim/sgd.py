@@ -66,5 +66,5 @@ class SGD(Optimizer):
             batch.of("momentum_buffer_scale") if with_momentum else [], batch.of("step"), lr,
             float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
             group["nesterov"], group["maximize"], *rounding, group["seed"], batch.ids,
-            [0] * len(batch.params), *scaler, batch.masters,
+            batch.offsets, *scaler, batch.masters,
         )
