@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Case = Callable[[Path], None]
 
 
-def launch(module: str, ranks: int, folder: Path, seconds: int = 240) -> dict[str, str]:
+def launch(module: str, ranks: int, folder: Path, seconds: int = 600) -> dict[str, str]:
     """Run a module's cases on ``ranks`` processes; what each said, empty where it passed.
 
     The first failure ends all; cases behind it are missing.
@@ -48,7 +48,7 @@ def launch(module: str, ranks: int, folder: Path, seconds: int = 240) -> dict[st
 
 def main(cases: dict[str, tuple[tuple[int, ...], Case]]) -> None:
     """In every process: run the cases for this number of ranks, and write what they said."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     folder = Path(sys.argv[1])
     said = {}
