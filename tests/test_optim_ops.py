@@ -1,4 +1,4 @@
-"""adamw and sgd: the kernels equal the reference bit for bit, whatever they are given."""
+"""adamw, sgd and lion: the kernels equal the reference bit for bit, whatever they are given."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ import itertools
 import pytest
 import torch
 
-import lowp
 from lowp.ops.adamw import adamw
+from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
-from lowp.ops.update import scale_shape
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.updates import assert_equal, cloned, masters_of, state_like
 
 STATES = (*FLOATS, "int8")
-EMPTY = torch.empty(0)
-
-
-def state_like(p: torch.Tensor, kind, codes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A plausible state of any type: codes of every value, or floats (squares where unsigned)."""
-    if kind == "int8":
-        low = 0 if codes == torch.uint8 else -127
-        high = 256 if codes == torch.uint8 else 128
-        return torch.randint(low, high, p.shape, dtype=codes), torch.rand(scale_shape(p))
-    x = torch.randn(p.shape)
-    return (x.square() if codes == torch.uint8 else x).to(kind), EMPTY
 
 
 def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **options):
@@ -60,32 +49,22 @@ def sgd_case(params, grads, kind, rounding="stochastic", **options):
     }
 
 
-OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case)}
+def lion_case(params, grads, kind, rounding="stochastic", **options):
+    torch.manual_seed(5)
+    pairs = [state_like(p, kind, torch.int8) for p in params]
+    return {
+        "params": params, "grads": grads, "exp_avgs": [m for m, _ in pairs],
+        "exp_avg_scales": [s for _, s in pairs],
+        "steps": [torch.tensor(float(i)) for i in range(len(params))],
+        "lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
+        "weight_decay": 0.1, "maximize": False, "rounding": rounding,
+        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
+        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
+        **options,
+    }
 
 
-def cloned(case: dict) -> dict:
-    """Every tensor copied with its strides."""
-    def copy(t):
-        if not isinstance(t, torch.Tensor) or 0 in t.stride():  # an expanded gradient is only read
-            return t
-        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-        return other.copy_(t)
-
-    return {k: [copy(t) for t in v] if isinstance(v, list) else copy(v) for k, v in case.items()}
-
-
-def assert_equal(op, case: dict) -> dict:
-    """Runs both backends on copies; every written tensor must agree. Gives the kernel's copies."""
-    kernel, truth = cloned(case), cloned(case)
-    with lowp.backend("cpu"):
-        op(*kernel.values())
-    with lowp.backend("reference"):
-        op(*truth.values())
-    for key, want in truth.items():
-        if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
-            for got, exact in zip(kernel[key], want, strict=True):
-                assert same_bits(got, exact), key
-    return kernel
+OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case), "lion": (lion, lion_case)}
 
 
 @pytest.mark.parametrize("kind", STATES)
@@ -111,6 +90,22 @@ def test_special_values(isa, name, kind):
         assert_equal(op, make(params, grads, kind))
 
 
+@pytest.mark.parametrize("master", ("remainder", "kahan"))
+@pytest.mark.parametrize("name", OPS)
+def test_masters(isa, name, master):
+    op, make = OPS[name]
+    coupled = ({"coupled": True}, {"coupled": False}) if name == "adamw" else ({},)
+    special = special_values()
+    shapes = [torch.randn(57, 401), torch.randn(()), torch.randn(0, 3),
+              special.repeat(len(special)), random_bits(3000, seed=3)]
+    for dtype, rounding, options in itertools.product(FLOATS, ("nearest", "stochastic"), coupled):
+        params = [p.to(dtype) for p in shapes]
+        grads = [torch.randn(p.shape) for p in shapes[:3]]
+        grads += [special.repeat_interleave(len(special)), random_bits(3000, seed=2)]
+        case = make(params, grads, torch.float32, rounding, **options)
+        assert_equal(op, {**case, "masters": masters_of(params, master)})
+
+
 def test_options(threads):
     params = [torch.randn(90, 300).bfloat16(), torch.randn(70_000)]
     grads = [torch.randn(90, 300).half(), torch.randn(70_000).bfloat16()]
@@ -118,6 +113,10 @@ def test_options(threads):
         case = adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize,
                           grad_scale=torch.tensor(1024.0), found_inf=torch.tensor(0.0))
         assert_equal(adamw, case)
+    for maximize, kind in itertools.product((False, True), STATES):
+        assert_equal(lion, lion_case(params, grads, kind, maximize=maximize, weight_decay=0.0,
+                                     grad_scale=torch.tensor(3.0)))
+        assert_equal(adamw, adamw_case(params, grads, kind, maximize=maximize, coupled=True))
     for nesterov, kind in itertools.product((False, True), STATES):
         assert_equal(sgd, sgd_case(params, grads, kind, nesterov=nesterov, dampening=0.0,
                                    grad_scale=torch.tensor(3.0)))
@@ -185,6 +184,19 @@ def test_errors():
         for kind, message, change in cases:
             with pytest.raises(kind, match=f"lowp::{name}: {message}"):
                 op(*{**make(p, [torch.randn(4, 5)], torch.float32), **change}.values())
+        half = [torch.randn(4, 5).bfloat16()]
+        for kind, message, masters in (
+            (TypeError, r"masters\[0\] of a torch.float32 parameter must be of no type", (p, half)),
+            (TypeError, r"masters\[0\] of a torch.bfloat16 parameter must be of torch.int16 or "
+                        "torch.bfloat16, got torch.float32", (half, p)),
+            (ValueError, r"masters\[0\] must be contiguous, of shape \(4, 5\)",
+             (half, [half[0].reshape(5, 4)])),
+            (ValueError, "masters must have 1 entries", (half, [])),
+        ):
+            with pytest.raises(kind, match=f"lowp::{name}: {message}"):
+                case = make(masters[0], [torch.randn(4, 5)], torch.float32)
+                op(*{**case, **({"coupled": False} if name == "adamw" else {}),
+                     "masters": masters[1]}.values())
     with pytest.raises(ValueError, match=r"scale of exp_avgs\[0\] must be float32 \(4, 1\)"):
         adamw(*adamw_case(p, p, "int8", exp_avg_scales=[torch.zeros(3)]).values())
 
@@ -195,4 +207,9 @@ def test_opcheck(name, kind):
     _, make = OPS[name]
     params = [torch.randn(3, 300).bfloat16(), torch.randn(0, 4), torch.randn(6, 4).t()]
     case = make(params, [torch.randn(p.shape) for p in params], kind)
-    torch.library.opcheck(getattr(torch.ops.lowp, name).default, tuple(case.values()))
+    overload = getattr(torch.ops.lowp, name).default
+    torch.library.opcheck(overload, tuple(case.values()))
+    if kind == torch.bfloat16:
+        flag = {"coupled": True} if name == "adamw" else {}
+        case = {**case, **flag, "masters": masters_of(params, "kahan")}
+        torch.library.opcheck(overload, tuple(case.values()))
