@@ -9,6 +9,7 @@ struct AccumulateTensor {
   const void* grad;
   int64_t numel;
   int64_t total_type, grad_type;
+  int64_t step;            // of the draws
   int64_t id;              // of the draws
   int64_t offset;          // global index of the first element
 };
@@ -18,7 +19,6 @@ struct AccumulateArgs {
   int64_t count;
   Rounding rounding;
   uint64_t seed;                    // of this addition
-  int64_t step;                     // of the draws
   int threads;
 };
 

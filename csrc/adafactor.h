@@ -1,4 +1,5 @@
-// adafactor: means of squares of rows and columns, then an update whose size is cut; each matrix by itself.
+// adafactor: means of squares of rows and columns, then an update whose size is cut; one matrix
+// after the other.
 #pragma once
 #include "adamw.h"
 

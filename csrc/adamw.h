@@ -1,5 +1,5 @@
-// adamw: one pass over every tensor: unscale, decay, moments, update, one rounding at each store; and Adam,
-// whose decay is a part of the gradient.
+// adamw: one pass over every tensor: unscale, decay, moments, update, one rounding at each store;
+// and Adam, whose decay is a part of the gradient.
 #pragma once
 #include "kernel.h"
 #include "numerics/philox.h"

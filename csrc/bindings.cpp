@@ -205,10 +205,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "accumulate",
-      [](uintptr_t tensors, int64_t count, int rounding, uint64_t seed, int64_t step,
-         int threads) {
+      [](uintptr_t tensors, int64_t count, int rounding, uint64_t seed, int threads) {
         cpu::accumulate({pointer<const AccumulateTensor>(tensors), count, Rounding(rounding), seed,
-                         step, threads});
+                         threads});
       },
       Release());
 

@@ -1,4 +1,4 @@
-// muon: the momentum of gradients before, and the step along an orthogonal matrix after its products.
+// muon: the momentum of gradients, and the step along the matrix that products make orthogonal.
 #pragma once
 #include "sgd.h"
 

@@ -1,6 +1,6 @@
 """lowp: low-precision training for PyTorch, with the same bits on every backend."""
 
-from lowp import optim
+from lowp import optim, testing
 from lowp.backend import backend
 from lowp.convert import convert, plan, revert
 from lowp.explanation import explain
@@ -28,4 +28,5 @@ __all__ = [
     "plan",
     "quantize",
     "revert",
+    "testing",
 ]

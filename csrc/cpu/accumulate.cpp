@@ -15,11 +15,8 @@ void accumulate(const AccumulateArgs& a) {
     load_floats(t.total, Float(t.total_type), r.begin, n, total);
     load_floats(t.grad, Float(t.grad_type), r.begin, n, grad);
     for (int i = 0; i < n; ++i) total[i] = canonical_nan(total[i] + grad[i]);
-    RunDraws draws;
-    const bool needed =
-        a.rounding == Rounding::stochastic && t.total_type != int64_t(Float::fp32);
-    store_any(total, draws.of(needed, a.seed, a.step, t.id, kRole, t.offset + r.begin, n),
-              t.total_type, r, t.total);
+    RunDraws draws(a.seed, t, r);
+    store_any(total, draws.of(a.rounding, kRole, t.total_type), t.total_type, r, t.total);
   });
 }
 

@@ -9,8 +9,9 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-// Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", ICML 2018, algorithms
-// 4 and 5. Sums are fp64 and of one order, so that neither threads nor instruction sets change a bit.
+// Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", ICML 2018,
+// algorithms 4 and 5. Sums are fp64 and of one order, so that neither threads nor instruction sets
+// change a bit.
 class Update {
  public:
   Update(const AdafactorArgs& a, int64_t index)
@@ -110,7 +111,7 @@ class Update {
     }
   }
 
-  // u = g / sqrt(estimate) of a run, which may span rows; with `variance` a vector's new one is stored.
+  // u = g / sqrt(estimate) of a run, which may span rows; a vector's new one goes to `variance`.
   void direction(const Run& r, float* u, float* variance) const {
     const float least = a_.eps1 * a_.eps1;
     load_grad(r.begin, r.n, u);
@@ -138,9 +139,6 @@ class Update {
   }
 
   void apply(float scale) {
-    const bool draw = a_.rounding == Rounding::stochastic &&
-                      t_.param_type != int64_t(Float::fp32) &&
-                      master_.kind != int64_t(Master::remainder);
     parallel_for(static_cast<int64_t>(sums_.size()), 8, a_.threads, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const Run r = run_at(i, 1, numel_, false);
@@ -150,9 +148,8 @@ class Update {
         const int n = r.n;
         const float decay = a_.decay;
         for (int j = 0; j < n; ++j) p[j] = canonical_nan(p[j] * decay - u[j] * scale);
-        RunDraws draws;
-        store_weight(p, draws.of(draw, a_.seed, t_.step, t_.id, 0, t_.offset + r.begin, n),
-                     t_.param_type, master_, r, t_.param);
+        RunDraws draws(a_.seed, t_, r);
+        store_weight(p, draws.of_weight(a_.rounding, master_), t_.param_type, master_, r, t_.param);
         if (t_.variance != nullptr) {
           store_floats(variance, n, Float::fp32, t_.variance, r.begin);
         }

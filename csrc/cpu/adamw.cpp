@@ -6,8 +6,8 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2: with a coupled
-// decay the one of Adam, else that of AdamW.
+// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2: with a
+// coupled decay Adam, else AdamW.
 // Scalars are taken by value: behind a reference they could alias what is written, and the loop would not
 // become a vector loop. v_max is only touched with kAmsgrad.
 template <bool kAmsgrad>
@@ -34,7 +34,6 @@ void update(const AdamWArgs a, const AdamWScalars s, const float* g, float* p, f
 }  // namespace
 
 void adamw(const AdamWArgs& a) {
-  const bool draw_states = a.state_rounding == Rounding::stochastic;
   for_each_run(a.tensors, a.count, a.threads, [&](int64_t index, const Run& r) {
     const AdamWTensor& t = a.tensors[index];
     float p[kRun], g[kRun], m[kRun], v[kRun], v_max[kRun];
@@ -48,20 +47,14 @@ void adamw(const AdamWArgs& a) {
     const auto step = amsgrad ? update<true> : update<false>;
     step(a, a.scalars[index], g, p, m, v, v_max, r.n);
 
-    RunDraws draws;
-    const auto of = [&](bool wanted, uint32_t role, int64_t type) {
-      const bool needed = wanted && type != int64_t(Float::fp32);
-      return draws.of(needed, a.seed, t.step, t.id, role, t.offset + r.begin, r.n);
-    };
-    const bool draw_weight =
-        a.rounding == Rounding::stochastic && master.kind != int64_t(Master::remainder);
-    store_weight(p, of(draw_weight, 0, t.param_type), t.param_type, master, r, t.param);
-    store_signed(m, of(draw_states, 1, t.state_type), t.state_type, r, t.exp_avg,
+    RunDraws draws(a.seed, t, r);
+    store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
+    store_signed(m, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r, t.exp_avg,
                  t.exp_avg_scale);
-    store_squares(v, of(draw_states, 2, t.state_type), t.state_type, r, t.exp_avg_sq,
+    store_squares(v, draws.of(a.state_rounding, 2, t.state_type), t.state_type, r, t.exp_avg_sq,
                   t.exp_avg_sq_scale);
     if (amsgrad) {
-      store_any(v_max, of(draw_states, 3, t.max_type), t.max_type, r, t.max_exp_avg_sq);
+      store_any(v_max, draws.of(a.state_rounding, 3, t.max_type), t.max_type, r, t.max_exp_avg_sq);
     }
   });
 }

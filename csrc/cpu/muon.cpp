@@ -6,8 +6,8 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-// Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. x: the gradient, then the
-// mean that is orthogonalized. Scalars are values, so that the loop becomes a vector loop.
+// Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. x: the gradient,
+// then the mean that is orthogonalized. Scalars are values, so that the loop becomes a vector loop.
 template <bool kNesterov>
 void update(const MuonMomentumArgs a, float* __restrict x, float* __restrict buf, int n) {
   const float sign = a.maximize ? -a.inv_scale : a.inv_scale;
@@ -30,11 +30,9 @@ void muon_momentum(const MuonMomentumArgs& a) {
     load_signed(t.momentum, t.momentum_scale, t.state_type, r, buf);
     const auto step = a.nesterov ? update<true> : update<false>;
     step(a, x, buf, r.n);
-    RunDraws draws;
-    const bool draw = a.state_rounding == Rounding::stochastic &&
-                      t.state_type != int64_t(State::fp32);
-    store_signed(buf, draws.of(draw, a.seed, t.step, t.id, 1, t.offset + r.begin, r.n),
-                 t.state_type, r, t.momentum, t.momentum_scale);
+    RunDraws draws(a.seed, t, r);
+    store_signed(buf, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r, t.momentum,
+                 t.momentum_scale);
     store_floats(x, r.n, Float::fp32, t.param, r.begin);
   });
 }
@@ -49,12 +47,8 @@ void muon_step(const MuonStepArgs& a) {
     const int n = r.n;
     const float decay = a.decay, rate = a.rates[index];
     for (int i = 0; i < n; ++i) p[i] = canonical_nan(p[i] * decay - direction[i] * rate);
-    RunDraws draws;
-    const bool draw = a.rounding == Rounding::stochastic &&
-                      t.param_type != int64_t(Float::fp32) &&
-                      master.kind != int64_t(Master::remainder);
-    store_weight(p, draws.of(draw, a.seed, t.step, t.id, 0, t.offset + r.begin, n), t.param_type,
-                 master, r, t.param);
+    RunDraws draws(a.seed, t, r);
+    store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
   });
 }
 

@@ -46,16 +46,10 @@ void sgd(const SgdArgs& a) {
       update<true, false>(a, t.step == 1, g, p, buf, r.n);
     }
 
-    RunDraws draws;
-    const auto of = [&](bool wanted, uint32_t role, int64_t type) {
-      const bool needed = wanted && type != int64_t(Float::fp32);
-      return draws.of(needed, a.seed, t.step, t.id, role, t.offset + r.begin, r.n);
-    };
-    const bool draw_weight =
-        a.rounding == Rounding::stochastic && master.kind != int64_t(Master::remainder);
-    store_weight(p, of(draw_weight, 0, t.param_type), t.param_type, master, r, t.param);
+    RunDraws draws(a.seed, t, r);
+    store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
     if (momentum) {
-      store_signed(buf, of(a.state_rounding == Rounding::stochastic, 1, t.state_type),
+      store_signed(buf, draws.of(a.state_rounding, 1, t.state_type),
                    t.state_type, r, t.momentum, t.momentum_scale);
     }
   });

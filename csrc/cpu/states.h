@@ -167,8 +167,9 @@ static inline void load_weight(const void* param, int64_t type, const MasterWeig
   }
 }
 
-// With Kahan's compensation (Zamirai et al., "Revisiting BFloat16 training", 2020, algorithm 1) the weight
-// is rounded to nearest, and the draws belong to what that loses. A weight that became Inf loses nothing.
+// With Kahan's compensation (Zamirai et al., "Revisiting BFloat16 training", 2020, section 3) the
+// weight is rounded to nearest, and the draws belong to what that loses. A weight that became Inf
+// loses nothing.
 static inline void store_weight(const float* x, const uint16_t* draws, int64_t type,
                                 const MasterWeight& master, const Run& r, void* param) {
   const int n = r.n;
@@ -191,17 +192,28 @@ static inline void store_weight(const float* x, const uint16_t* draws, int64_t t
   }
 }
 
-// The draws of one run for one role; null where they are not needed.
+// The draws of one run of a tensor that has .step, .id and .offset; each call replaces the last.
+template <class Tensor>
 class RunDraws {
  public:
-  const uint16_t* of(bool wanted, uint64_t seed, int64_t step, int64_t id, uint32_t role,
-                     int64_t element, int n) {
-    if (!wanted) return nullptr;
-    const PhiloxKey key{seed, static_cast<uint32_t>(step), static_cast<uint32_t>(id), role};
-    return draws_.fill(key, element, n);
+  RunDraws(uint64_t seed, const Tensor& t, const Run& r) : seed_(seed), t_(t), r_(r) {}
+
+  // Null where nothing is rounded stochastically.
+  const uint16_t* of(Rounding rounding, uint32_t role, int64_t type) {
+    if (rounding != Rounding::stochastic || type == int64_t(Float::fp32)) return nullptr;
+    const PhiloxKey key{seed_, static_cast<uint32_t>(t_.step), static_cast<uint32_t>(t_.id), role};
+    return draws_.fill(key, t_.offset + r_.begin, r_.n);
+  }
+
+  const uint16_t* of_weight(Rounding rounding, const MasterWeight& master) {
+    if (master.kind == int64_t(Master::remainder)) return nullptr;
+    return of(rounding, 0, t_.param_type);
   }
 
  private:
+  const uint64_t seed_;
+  const Tensor& t_;
+  const Run& r_;
   Draws draws_;
 };
 

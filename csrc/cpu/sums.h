@@ -1,5 +1,6 @@
-// Sums in fp64 whose order is a part of their definition: 16 lanes, each in order, then lane i + 8 to lane i,
-// i + 4 to i, i + 2 to i and 1 to 0. Included inside every instruction set's translation unit.
+// Sums in fp64 whose order is a part of their definition: 16 lanes, each in order, then lane i + 8
+// to lane i, i + 4 to i, i + 2 to i and 1 to 0. Included inside every instruction set's translation
+// unit.
 #pragma once
 #include "kernel.h"
 

@@ -5,7 +5,7 @@
 namespace lowp {
 
 // The bf16 part is the nearest one, ties away from zero, so that the low bits are a signed distance
-// from it; beyond the largest finite bf16 it is Inf, and the sum of the two is still the fp32 value.
+// to it; beyond the largest finite bf16 it is Inf, and the sum of both is still the fp32 value.
 LOWP_HD uint16_t high_part(float x) {
   return static_cast<uint16_t>((float_bits(x) + 0x8000u) >> 16);
 }

@@ -74,13 +74,13 @@ def _cpu(totals: _Tensors, grads: _Tensors, rounding: str, seed: int, step: Tens
     with update.contiguous_params(totals) as work:
         for i, total in enumerate(work):
             table += struct.pack(  # csrc/accumulate.h: AccumulateTensor
-                "<7q", total.data_ptr(), grads[i].data_ptr(), total.numel(), FLOATS[total.dtype],
-                FLOATS[grads[i].dtype], tensors[i], offsets[i],
+                "<8q", total.data_ptr(), grads[i].data_ptr(), total.numel(), FLOATS[total.dtype],
+                FLOATS[grads[i].dtype], int(step), tensors[i], offsets[i],
             )
         if not table:
             return
         rows = torch.frombuffer(table, dtype=torch.int64)
         cpu_extension().accumulate(
-            rows.data_ptr(), len(rows) // 7, ROUNDINGS[rounding], _seed_of(seed, addition),
-            int(step), torch.get_num_threads(),
+            rows.data_ptr(), len(rows) // 8, ROUNDINGS[rounding], _seed_of(seed, addition),
+            torch.get_num_threads(),
         )
