@@ -23,7 +23,7 @@ from lowp.hybrid import (
 )
 from lowp.hybrid.batches import collate
 from lowp.hybrid.objectives.consistency import augment
-from lowp.hybrid.objectives.result import confident_predictions
+from lowp.hybrid.objectives.thresholds import FixedThreshold, Labels
 from lowp.hybrid.random import pass_index
 from lowp.hybrid.tokenizer import CLS, EOS, MASK, PAD
 from lowp.key import clock
@@ -196,17 +196,19 @@ def test_labels_come_from_evaluation_mode_and_the_mode_is_restored() -> None:
     batch = batch_of([6, 9, 4])
     for training in (True, False):
         model = lstm(dropout=0.5).train(training)
-        labels, confident, metrics = confident_predictions(model, batch.tokens, batch.lengths, 0.0)
-        assert model.training is training and not labels.requires_grad and bool(confident.all())
+        own = Labels(model, batch, FixedThreshold(0.0))
+        assert model.training is training and bool(own.confident.all())
+        assert not own.probabilities.requires_grad
         probabilities = model.eval().classify(batch.tokens, batch.lengths).softmax(-1)
-        assert torch.equal(labels, probabilities.argmax(-1))
-        assert metrics["confidence"] == pytest.approx(float(probabilities.detach().amax(-1).mean()))
+        assert torch.equal(own.labels, probabilities.argmax(-1))
+        assert own.metrics["confidence"] == pytest.approx(float(probabilities.detach().amax(-1).mean()))
 
 
 def test_the_mode_is_restored_when_the_model_fails() -> None:
     model = lstm().train()
     with pytest.raises(ValueError):
-        confident_predictions(model, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([9]), 0.5)
+        Labels(model, Batch(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([9]), None,
+                            torch.zeros(1, dtype=torch.int64)), FixedThreshold(0.5))
     assert model.training
 
 
@@ -223,9 +225,10 @@ def test_label_entropy_tells_collapse_from_balance() -> None:
         def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
             return self.logits
 
-    tokens, lengths = torch.ones(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    ones = torch.ones(4, dtype=torch.int64)
+    batch = Batch(ones[:, None], ones, None, torch.arange(4))
     for labels, expected in (([3, 3, 3, 3], 0.0), ([0, 1, 2, 3], 1.0), ([0, 0, 2, 2], 0.5)):
-        metrics = confident_predictions(Fixed(labels), tokens, lengths, 0.9)[2]  # type: ignore[arg-type]
+        metrics = Labels(Fixed(labels), batch, FixedThreshold(0.9)).metrics  # type: ignore[arg-type]
         assert metrics["label_entropy"] == pytest.approx(expected)
 
 
@@ -297,6 +300,8 @@ def test_augmentation_drops_hides_and_keeps_the_ends() -> None:
 def test_ramps() -> None:
     assert [Ramp("linear", 1, 3, 4)(step) for step in (0, 1, 2, 4, 9)] == [1, 1.5, 2, 3, 3]
     assert [Ramp("constant", 1, 3, 4)(step) for step in (1, 9)] == [3, 3]
+    assert [Ramp("cosine", 1, 3, 4)(step) for step in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1, 2 - 2**-0.5, 2, 3, 3])
     sigmoid = Ramp("sigmoid", 0, 2, 10)
     assert sigmoid(5) == pytest.approx(2 * math.exp(-5 * 0.25)) and sigmoid(10) == sigmoid(99) == 2
     assert [sigmoid(s) for s in range(11)] == sorted(sigmoid(s) for s in range(11))
@@ -304,7 +309,7 @@ def test_ramps() -> None:
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Ramp("cosine"), "kind must be one of constant, linear, sigmoid, got 'cosine'"),
+    (lambda: Ramp("square"), "kind must be one of constant, linear, cosine, sigmoid, got 'square'"),
     (lambda: Ramp(steps=0), "steps must be at least 1, got 0"),
     (lambda: Ramp(end=-1.0), "end must be finite and at least 0"),
     (lambda: Ramp(start=math.inf), "start must be finite"),

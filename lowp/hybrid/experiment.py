@@ -18,6 +18,7 @@ from lowp.hybrid.batches import Stream
 from lowp.hybrid.corpus import Corpus, load_dataset_by_name, load_docstrings, load_files
 from lowp.hybrid.evaluation import HeldOut
 from lowp.hybrid.models import LSTMClassifier, TransformerEncoder
+from lowp.hybrid.ramp import Ramp
 from lowp.hybrid.run import Log, RunFolder, bytes_per_parameter
 from lowp.hybrid.tokenizer import Tokenizer, train_tokenizer
 from lowp.hybrid.trainer import Outcome, Record, Trainer, WeightedObjective
@@ -111,7 +112,7 @@ def build_objective(settings: config.Objective, steps: int, is_causal: bool,
     if isinstance(settings.weight, config.Ramp):
         ramp = settings.weight
         length = max(1, round(ramp.fraction * steps))
-        weight = objectives.Ramp(kind=ramp.kind, start=ramp.start, end=ramp.end, steps=length)
+        weight = Ramp(kind=ramp.kind, start=ramp.start, end=ramp.end, steps=length)
     else:
         weight = settings.weight
     return WeightedObjective(objective, weight)
