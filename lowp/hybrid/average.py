@@ -76,6 +76,12 @@ class WeightAverage:
         result: Result = torch.func.functional_call(_Call(model), self._cast, (function,))
         return result
 
+    def rounded(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state with the averaged weights in place of its own, in its types."""
+        state = model.state_dict()
+        return {n: self.weights[n].to(t.dtype) if n in self.weights else t
+                for n, t in state.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """The averages and how often they moved."""
         return {"updates": self.updates, "weights": dict(self.weights)}

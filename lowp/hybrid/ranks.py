@@ -7,7 +7,7 @@ weights, so a run of R ranks is the run of one rank on the whole batch, up to th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,11 +76,41 @@ def total(x: Tensor) -> Tensor:
     return result
 
 
+def total_of(numbers: Tensor) -> Tensor:
+    """As :func:`total`, of a CPU tensor whatever the group's backend takes."""
+    return total(numbers.to(_device())).cpu() if is_parallel() else numbers
+
+
+def all_values(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks; any that can be pickled."""
+    if not is_parallel():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_equal(parameters: Sequence[Tensor]) -> None:
+    """That every rank holds the same weights.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not is_parallel():
+        return
+    sums = torch.stack([p.detach().double().abs().sum().cpu() for p in parameters])
+    every = gathered(sums[None].to(_device())).cpu()
+    if not bool((every == every[0]).all()):
+        raise ValueError("lowp.hybrid: expected equal weights on every rank, got others on rank "
+                         f"{int((every != every[0]).any(1).nonzero()[0])} than on rank 0; build "
+                         "the model from one seed")
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on some rank."""
     if not is_parallel():
         return flag
-    return bool(total(torch.tensor(float(flag), device=_device())))
+    return bool(total_of(torch.tensor(float(flag))))
 
 
 def gathered(x: Tensor) -> Tensor:

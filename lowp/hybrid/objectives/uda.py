@@ -15,7 +15,8 @@ from lowp.hybrid.random import sample_rows
 def divergence(p: Tensor, logits: Tensor) -> Tensor:
     """``KL(p ‖ softmax(logits))`` of each row, fp32 [B], of p [B, C] and logits [B, C]."""
     log_q = torch.log_softmax(logits.float(), dim=-1)
-    return (torch.special.xlogy(p, p) - p * log_q).sum(-1)
+    terms: Tensor = torch.special.xlogy(p, p) - p * log_q
+    return terms.sum(-1)
 
 
 class UDA(SelfLabelled):

@@ -130,7 +130,8 @@ class VirtualAdversarial(Objective):
             x = torch.where(counts, x, 0)
             largest = x.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
             x = x / largest  # squares of tiny gradients would be 0
-            return x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-30)
+            length: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+            return x / length.clamp(min=1e-30)
 
         width = layer.embedding_dim
         bits = normals(batch.sample_ids, tokens.shape[1] * width, self.seed, int(clock.step),
