@@ -72,15 +72,10 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activati
         y, preact = linear_op(x.to(dtype), w.to(dtype), bias, activation, x.dtype, save_preact)
         return y, preact
     x_codes, x_scale = noise.codes(x, product.left, Role.X_CODES)
-<<<<<<< HEAD
-    w_codes, w_scale = noise.codes(w, product.right, Role.WEIGHT_CODES)
+    w_codes, w_scale = noise.weight_codes(w, product.right, False)
     y, preact = scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype,
                           save_preact)
     return y, preact
-=======
-    w_codes, w_scale = noise.weight_codes(w, product.right, False)
-    return scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype, save_preact)
->>>>>>> 9bd3e15 (Trainer: parts of a step, ranks, learned mixing, averages, fallback, named culprits; shared weight codes)
 
 
 def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, out: torch.dtype,
@@ -92,14 +87,9 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
         dx: Tensor = linear_dgrad(dz.to(dtype), w.to(dtype), out)
         return dx
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
-<<<<<<< HEAD
-    w_codes, w_scale = noise.transposed_codes(w, product.right, Role.WEIGHT_CODES)
+    w_codes, w_scale = noise.weight_codes(w, product.right, True)
     dx = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
     return dx
-=======
-    w_codes, w_scale = noise.weight_codes(w, product.right, True)
-    return scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
->>>>>>> 9bd3e15 (Trainer: parts of a step, ranks, learned mixing, averages, fallback, named culprits; shared weight codes)
 
 
 def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,

@@ -201,7 +201,8 @@ def test_labels_come_from_evaluation_mode_and_the_mode_is_restored() -> None:
         assert not own.probabilities.requires_grad
         probabilities = model.eval().classify(batch.tokens, batch.lengths).softmax(-1)
         assert torch.equal(own.labels, probabilities.argmax(-1))
-        assert own.metrics["confidence"] == pytest.approx(float(probabilities.detach().amax(-1).mean()))
+        confidence = float(probabilities.detach().amax(-1).mean())
+        assert own.metrics["confidence"] == pytest.approx(confidence)
 
 
 def test_the_mode_is_restored_when_the_model_fails() -> None:
@@ -228,8 +229,8 @@ def test_label_entropy_tells_collapse_from_balance() -> None:
     ones = torch.ones(4, dtype=torch.int64)
     batch = Batch(ones[:, None], ones, None, torch.arange(4))
     for labels, expected in (([3, 3, 3, 3], 0.0), ([0, 1, 2, 3], 1.0), ([0, 0, 2, 2], 0.5)):
-        metrics = Labels(Fixed(labels), batch, FixedThreshold(0.9)).metrics  # type: ignore[arg-type]
-        assert metrics["label_entropy"] == pytest.approx(expected)
+        own = Labels(Fixed(labels), batch, FixedThreshold(0.9))  # type: ignore[arg-type]
+        assert own.metrics["label_entropy"] == pytest.approx(expected)
 
 
 CASES: list[tuple[Any, Callable[..., Any], Batch]] = [

@@ -25,8 +25,8 @@ class _Call(nn.Module):
 class WeightAverage:
     """``θ̄_t = α_t θ̄_{t-1} + (1 - α_t) θ_t``, ``α_t = min(decay, 1 - 1/(t+1))``, in fp32.
 
-    Tarvainen and Valpola, "Mean teachers", NeurIPS 2017, section 2 and appendix B: early on it is the
-    plain mean, so the first weights are soon forgotten. In 16 bits it would stand still, since
+    Tarvainen and Valpola, "Mean teachers", NeurIPS 2017, section 2 and appendix B: early on it is
+    the plain mean, so the first weights are soon forgotten. In 16 bits it would stand still, since
     ``(1 - α)`` of a difference is lost to rounding. Starts with the weights that it first sees.
     Buffers are the model's own.
 

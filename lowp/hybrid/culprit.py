@@ -83,7 +83,8 @@ def _bad_gradient(model: nn.Module, before: list[Tensor | None]) -> str:
 
     A backward goes from the last layer to the first, so those before it may only have inherited it.
     """
-    for (name, parameter), old in reversed(list(zip(model.named_parameters(), before, strict=True))):
+    named = list(zip(model.named_parameters(), before, strict=True))
+    for (name, parameter), old in reversed(named):
         grad = parameter.grad
         if grad is not None and not is_finite(grad) and (old is None or is_finite(old)):
             return f"parameter {name}: its gradient is not finite"
@@ -122,7 +123,7 @@ def _replayed(model: nn.Module, run: Callable[[], Tensor], before: list[Tensor |
             return watched.forward
         with warnings.catch_warnings():  # torch's, of a first layer whose input has no gradient
             warnings.simplefilter("ignore", UserWarning)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return watched.backward or _bad_gradient(model, before)
     finally:
         watched.remove()

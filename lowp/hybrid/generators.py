@@ -17,7 +17,7 @@ def random_state() -> dict[str, Any]:
         "numpy": [torch.from_numpy(numpy.asarray(keys).copy()), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

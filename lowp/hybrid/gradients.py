@@ -47,7 +47,7 @@ class _PassNorms:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._norms: dict[int, Tensor] = {}
         for index, parameter in enumerate(parameters):
-            parameter.register_hook(  # type: ignore[no-untyped-call]
+            parameter.register_hook(
                 lambda grad, index=index: self._see(index, grad)
             )
 

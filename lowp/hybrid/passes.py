@@ -72,7 +72,7 @@ class Passes:
             counts.append([1.0 if count is None else count for count in found])
         own = torch.tensor(counts, dtype=torch.float64)  # [K, parts]
         wholes = ranks.total_of(own.sum(1)).clamp(min=1)
-        return (own / wholes[:, None]).tolist()  # type: ignore[no-any-return]
+        return (own / wholes[:, None]).tolist()
 
     @property
     def is_complete(self) -> bool:
@@ -101,12 +101,13 @@ class Passes:
         term = self.objectives[index]
         assert term.recipe is None or isinstance(term.recipe, Recipe)
         with pass_index(index), recipe_for(self.model, term.recipe, self.kept):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def run_part(self, gradients: Gradients) -> None:
         """A forward and backward pass of every objective on the next part of its batch.
 
-        A loss that is not finite has no backward; the other passes go on, so that ranks stay together.
+        A loss that is not finite has no backward; the other passes go on, so that ranks stay
+        together.
         """
         part = self._done
         for index, term in enumerate(self.objectives):
@@ -162,8 +163,10 @@ class Passes:
                 if self.terms[term.name]["weight"] == 0:
                     continue
                 batch = self._batches[term.stream][part]
-                found = culprit.find(self.model, batch, functools.partial(self._forward, index, part))
-                first = first or (f"{term.name}, {term.stream} stream: {found}" if found else "")
+                run = functools.partial(self._forward, index, part)
+                found = culprit.find(self.model, batch, run)
+                if found and not first:
+                    first = f"{term.name}, {term.stream} stream: {found}"
                 if first and not ranks.is_parallel():
                     return first
         return first

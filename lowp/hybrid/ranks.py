@@ -1,7 +1,8 @@
 """Several processes as one run: replicas of a model, each on its part of every batch.
 
 Without a process group every function is what one process alone would see. Replicas hold the same
-weights, so a run of R ranks is the run of one rank on the whole batch, up to the order of fp32 sums.
+weights, so a run of R ranks is the run of one rank on the whole batch, up to the order of fp32
+sums.
 """
 
 from __future__ import annotations
@@ -152,4 +153,7 @@ def gather_rows(x: Tensor) -> Tensor:
     Args:
         x: [N, H], N the same on every rank.
     """
-    return _GatherRows.apply(x) if is_parallel() else x  # type: ignore[no-any-return]
+    if not is_parallel():
+        return x
+    rows: Tensor = _GatherRows.apply(x)  # type: ignore[no-untyped-call]
+    return rows

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,8 +69,9 @@ class Trainer:
     loss or gradient is not finite is not applied and leaves weights, states and
     :data:`lowp.key.clock` as they were; its record names the layer, the batch or the loss at fault.
 
-    On several ranks, and with several parts a step, an objective with a ``count`` gives the mean over
-    the whole batch, so that curves are those of one rank and one part up to the order of fp32 sums.
+    On several ranks, and with several parts a step, an objective with a ``count`` gives the mean
+    over the whole batch, so that curves are those of one rank and one part up to the order of fp32
+    sums.
 
     Attributes:
         labelled, unlabelled: the two streams; each gives one batch a step to its objectives.
@@ -272,8 +272,8 @@ class Trainer:
 
         Returns:
             ``step``, ``loss`` (weighted sum), ``lr``, ``grad_norm`` (before clipping), of each of
-            the ``objectives`` its raw ``loss``, ``weight``, the ``grad_norm`` of what it added where
-            it is known, with ``separate`` the ``cosine`` to the first, and its metrics; what
+            the ``objectives`` its raw ``loss``, ``weight``, the ``grad_norm`` of what it added
+            where it is known, with ``separate`` the ``cosine`` to the first, and its metrics; what
             ``mixing`` learned; ``fallback``, layers that changed their recipe; and ``seconds``. A
             step not applied has ``skipped``, the reason, and ``culprit`` instead.
         """

@@ -17,8 +17,8 @@ class GradNorm(Mixing):
 
     Chen et al., "GradNorm", ICML 2018, section 3, equations 1 and 2, algorithm 1: Ḡ is the mean of
     the G_k, ``r_k = (L_k / L_k(0)) / mean`` the inverse training rate, L_k(0) the first loss; the
-    targets are constants, so c_k moves by ``-lr · sign(G_k - target) · G_k / c_k``; then the c_k are
-    scaled to sum K and none is below 0.001. W are the weights that every objective's gradient
+    targets are constants, so c_k moves by ``-lr · sign(G_k - target) · G_k / c_k``; then the c_k
+    are scaled to sum K and none is below 0.001. W are the weights that every objective's gradient
     reaches, unless they are given. A step in which not all objectives were computed moves nothing.
 
     Args:

@@ -12,9 +12,9 @@ from lowp.key import clock, tensor_id
 def without_conflicts(gradients: Sequence[Vector], seed: int = 0) -> Vector:
     """``Σ_i g_i``, each g_i without its part against any other: ``g_i -= (g_i·g_j / ‖g_j‖²) g_j``.
 
-    Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020, algorithm 1: for each i, the
-    others j in a random order, here keyed by (seed, step, i), where ``g_i·g_j < 0`` for the g_i that
-    is left so far and the whole g_j.
+    Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020, algorithm 1: for each i,
+    the others j in a random order, here keyed by (seed, step, i), where ``g_i·g_j < 0`` for the g_i
+    that is left so far and the whole g_j.
     """
     squares = [dot(g, g) for g in gradients]
     projected = []

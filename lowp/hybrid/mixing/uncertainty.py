@@ -17,8 +17,9 @@ class Uncertainty(Mixing):
 
     Kendall, Gal and Cipolla, "Multi-task learning using uncertainty to weigh losses", CVPR 2018,
     section 3.2, equation 10, for cross-entropies. s follows its gradient ``½ - e^(-s) L`` by plain
-    descent, without decay, and stays in [-4, 4]; it settles at ``ln 2L``. Only for losses with given
-    targets: one whose targets are the model's own can fall to 0 and would earn the largest weight.
+    descent, without decay, and stays in [-4, 4]; it settles at ``ln 2L``. Only for losses with
+    given targets: one whose targets are the model's own can fall to 0 and would earn the largest
+    weight.
 
     Args:
         names: of the objectives whose weights are learned; the others keep theirs.

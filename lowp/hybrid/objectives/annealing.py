@@ -13,11 +13,12 @@ KINDS = ("linear", "log", "exp")
 
 
 class SignalAnnealing:
-    """A labelled text counts at a step while ``p(y | x) ≤ η(t)``, t being the part of the steps done.
+    """A labelled text counts at a step while ``p(y | x) ≤ η(t)``, t being the part of the steps
+    done.
 
-    ``η = α (1 - 1/C) + 1/C`` with α = t (linear), ``1 - exp(-5t)`` (log) or ``exp(5 (t - 1))`` (exp);
-    Xie et al., "Unsupervised data augmentation", NeurIPS 2020, section 2.3 and figure 4. exp frees the
-    signal latest, and has collapsed on small label sets; linear by default.
+    ``η = α (1 - 1/C) + 1/C`` with α = t (linear), ``1 - exp(-5t)`` (log) or ``exp(5 (t - 1))``
+    (exp); Xie et al., "Unsupervised data augmentation", NeurIPS 2020, section 2.3 and figure 4. exp
+    frees the signal latest, and has collapsed on small label sets; linear by default.
 
     Args:
         steps: of the run.
@@ -29,8 +30,8 @@ class SignalAnnealing:
 
     def __init__(self, steps: int, kind: str = "linear") -> None:
         if kind not in KINDS or steps < 1:
-            raise ValueError(f"lowp.hybrid.SignalAnnealing: expected kind of {', '.join(KINDS)} and "
-                             f"steps >= 1, got {kind!r} and {steps}")
+            raise ValueError("lowp.hybrid.SignalAnnealing: expected kind of "
+                             f"{', '.join(KINDS)} and steps >= 1, got {kind!r} and {steps}")
         self.steps, self.kind = steps, kind
 
     def limit(self, step: int, classes: int) -> float:

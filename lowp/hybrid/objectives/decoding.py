@@ -43,11 +43,11 @@ def written_logits(model: Any, tokens: Tensor, lengths: Tensor, targets: Tensor,
     lengths, target_lengths = lengths.to(device), target_lengths.to(device)
     width = max(0, targets.shape[1] - 1)
     inputs, follow = targets[:, :width], valid_mask(target_lengths - 1, width)
+    count = (target_lengths - 1).clamp(min=0)
     if hasattr(model, "decode"):
-        hidden = model.decode(tokens, lengths.cpu(), inputs, (target_lengths - 1).clamp(min=0).cpu())
+        hidden = model.decode(tokens, lengths.cpu(), inputs, count.cpu())
         states = hidden[follow]
     elif getattr(model, "is_causal", False):
-        count = (target_lengths - 1).clamp(min=0)
         joined = _joined(tokens, lengths, inputs, count)
         hidden = model.encode(joined, (lengths + count).cpu())
         place = lengths[:, None] + torch.arange(width, device=device)

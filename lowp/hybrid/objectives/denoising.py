@@ -16,8 +16,8 @@ class Denoising(Objective):
 
     A denoising autoencoder (Vincent et al., ICML 2008, section 2.3) that writes; with one network
     for both parts and no noise, the sequence autoencoder of Dai and Le, "Semi-supervised
-    sequence learning", NeurIPS 2015, section 2. Noise leaves out and hides tokens (Hill et al., NAACL
-    2016, section 3.1, and ``augment``). How the model writes: ``written_logits``.
+    sequence learning", NeurIPS 2015, section 2. Noise leaves out and hides tokens (Hill et al.,
+    NAACL 2016, section 3.1, and ``augment``). How the model writes: ``written_logits``.
 
     Args:
         drop, mask: parts of the tokens left out and hidden, in [0, 1); 0.1 and 0 by default.

@@ -26,9 +26,9 @@ class FreeMatch(FixedThreshold):
 
     Wang et al., "FreeMatch", ICLR 2023. With q the predictions of a batch and λ the momentum:
     ``τ_t = λ τ_{t-1} + (1-λ) mean max q`` (equation 5), ``p̃_t = λ p̃_{t-1} + (1-λ) mean q`` (6), the
-    threshold above (7), and ``h̃_t = λ h̃_{t-1} + (1-λ) hist(argmax q)`` (11). All begin at 1 / C. The
-    penalty is ``fairness · Σ_c a_c log b_c`` with ``a = p̃/h̃`` and ``b = p̄/h̄``, each divided by its
-    sum (10, 12): p̄ is the mean of the trained predictions of the confident texts and h̄ the
+    threshold above (7), and ``h̃_t = λ h̃_{t-1} + (1-λ) hist(argmax q)`` (11). All begin at 1 / C.
+    The penalty is ``fairness · Σ_c a_c log b_c`` with ``a = p̃/h̃`` and ``b = p̄/h̄``, each divided
+    by its sum (10, 12): p̄ is the mean of the trained predictions of the confident texts and h̄ the
     histogram of their labels. Means are over the texts of all ranks, the penalty's over one's own.
 
     Args:

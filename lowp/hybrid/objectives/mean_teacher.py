@@ -22,7 +22,8 @@ from lowp.hybrid.random import sample_rows
 
 
 class MeanTeacher(Objective):
-    """``L = mean over the texts of ‖p_s - p_t‖²``, p_s through dropout, p_t of the teacher, in fp32.
+    """``L = mean over the texts of ‖p_s - p_t‖²``, p_s through dropout, p_t of the teacher, in
+    fp32.
 
     Tarvainen and Valpola, "Mean teachers", NeurIPS 2017, section 2. The teacher's weights are
     :class:`lowp.hybrid.average.WeightAverage` of the student's after every applied step; it answers

@@ -88,7 +88,8 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
 
 
 def mean_over_texts(terms: Tensor, lengths: Tensor) -> Tensor:
-    """``Σ terms / number of texts that are not empty``, of fp32 terms [B]; an empty text's is dropped.
+    """``Σ terms / number of texts that are not empty``, of fp32 terms [B]; an empty text's is
+    dropped.
 
     Of no text it is 0, with a zero gradient.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def _segments(total: int, parts: int, draws: Sequence[int]) -> list[int]:
     """Lengths, at least 1 each, of ``parts`` random segments of ``total`` elements."""
     order = sorted(range(total - 1), key=lambda place: (draws[place], place))
     cuts = [0, *sorted(place + 1 for place in order[: parts - 1]), total]
-    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(cuts)]
 
 
 def spans_of(tokens: int, rate: float, mean_span: float) -> tuple[int, int]:
@@ -33,9 +34,9 @@ class SpanCorruption(Objective):
 
     Raffel et al., "Exploring the limits of transfer learning", JMLR 2020, sections 3.1.4 and 3.3.4:
     the part ``rate`` of a text's tokens is hidden, in spans of ``mean_span`` tokens on average that
-    begin anywhere but at its start; each becomes one sentinel, and the target is every sentinel with
-    the span behind it, then the end token. Which, is keyed by (seed, step, pass, sample). How the
-    model writes: ``written_logits``.
+    begin anywhere but at its start; each becomes one sentinel, and the target is every sentinel
+    with the span behind it, then the end token. Which, is keyed by (seed, step, pass, sample). How
+    the model writes: ``written_logits``.
 
     Args:
         sentinels: token numbers, as many as spans in the longest text, used in this order.
@@ -84,8 +85,8 @@ class SpanCorruption(Objective):
         if count == 0:
             return text, []
         if count > len(self.sentinels):
-            raise ValueError(f"lowp.hybrid.SpanCorruption: sentinels must be at least {count} for a "
-                             f"text of {len(inner)} tokens, got {len(self.sentinels)}")
+            raise ValueError(f"lowp.hybrid.SpanCorruption: sentinels must be at least {count} for "
+                             f"a text of {len(inner)} tokens, got {len(self.sentinels)}")
         shown = _segments(len(inner) - hidden, count, bits[: len(inner)])
         spans = _segments(hidden, count, bits[len(inner) :])
         target, first, sentinel_at = [CLS], 0, {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lowp.hybrid.batches import Batch
@@ -31,7 +30,8 @@ class Threshold(Protocol):
 
 
 class FixedThreshold:
-    """A label is used if its probability is at least ``value`` (FixMatch, NeurIPS 2020, section 2.1).
+    """A label is used if its probability is at least ``value`` (FixMatch, NeurIPS 2020, section
+    2.1).
 
     Also the base of the rules that learn.
 
@@ -75,8 +75,8 @@ class Labels:
         labels: int64 [B].
         confident: bool [B], of texts that are not empty.
         metrics: ``mask_rate``, the confident part; ``confidence``, the mean of the largest
-            probability; ``label_entropy``, the entropy of the histogram of the confident labels over
-            the log of the number of classes: 1 for equal parts, 0 when all are one class;
+            probability; ``label_entropy``, the entropy of the histogram of the confident labels
+            over the log of the number of classes: 1 for equal parts, 0 when all are one class;
             ``label_accuracy``, how many of the confident are right, where the batch has labels.
     """
 

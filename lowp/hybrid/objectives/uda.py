@@ -22,8 +22,8 @@ def divergence(p: Tensor, logits: Tensor) -> Tensor:
 class UDA(SelfLabelled):
     """``L = mean over the batch of 1[max p > threshold] · KL(sharp(p) ‖ q)``, in fp32.
 
-    Xie et al., "Unsupervised data augmentation", NeurIPS 2020, section 2.2 (equation 1) and 2.3: p is
-    the prediction for the text in evaluation mode without gradients, ``sharp(p) = p^(1/T) / Σ
+    Xie et al., "Unsupervised data augmentation", NeurIPS 2020, section 2.2 (equation 1) and 2.3: p
+    is the prediction for the text in evaluation mode without gradients, ``sharp(p) = p^(1/T) / Σ
     p^(1/T)``, and q the prediction for its augmented form (see ``augment``) through dropout.
     Beside it, :class:`Supervised` may get :class:`SignalAnnealing`.
 

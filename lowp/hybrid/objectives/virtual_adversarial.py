@@ -60,21 +60,23 @@ def perturbed(layer: nn.Embedding, shift: Tensor, valid: Tensor) -> Iterator[Non
 
 
 class VirtualAdversarial(Objective):
-    """``L = mean over the texts of KL(p(e) ‖ p(e + r))``, ``r = ε ĝ``, ``ĝ ∝ ∇_d KL(p(e) ‖ p(e + ξ d))``.
+    """``L = mean over the texts of KL(p(e) ‖ p(e + ε ĝ))``, ``ĝ ∝ ∇_d KL(p(e) ‖ p(e + ξ d))``.
 
-    Miyato et al., "Adversarial training methods for semi-supervised text classification", ICLR 2017,
-    section 3: d is a random unit vector and ĝ a unit vector over the whole text, so ε bounds the norm
-    of all of a text's perturbation; special tokens and padding are never perturbed. Embeddings
-    count as normalized (section 3, equation 1): r is in units of the standard deviation that each
-    component has over the vocabulary, so they cannot outgrow ε. r and the sum are fp32, dropout is
-    off in every pass, p(e) has no gradient, and the inner gradient touches no weight's.
+    Miyato et al., "Adversarial training methods for semi-supervised text classification", ICLR
+    2017, section 3: d is a random unit vector and ĝ a unit vector over the whole text, so ε bounds
+    the norm of all of a text's perturbation; special tokens and padding are never perturbed.
+    Embeddings count as normalized (section 3, equation 1): ε ĝ is in units of the standard
+    deviation that each component has over the vocabulary, so they cannot outgrow it. Directions and
+    sums are fp32, dropout is off in every pass, p(e) has no gradient, and the inner gradient
+    touches no weight's.
 
     Args:
         epsilon: ε > 0; 5 by default.
         xi: ξ > 0, small against ε, and large enough to outlast the rounding to the model's type.
             0.1 by default, and 1 for a model with 16-bit embeddings.
         iterations: of ĝ; 1 by default.
-        frequencies: how often each token occurs, [V], which weigh the deviation; by default equally.
+        frequencies: how often each token occurs, [V], which weigh the deviation; by default
+            equally.
         seed: of d, keyed by (seed, step, pass, sample).
 
     Metrics: ``confidence``, the mean of the largest probability.
