@@ -11,24 +11,34 @@ import torch
 from torch import Tensor
 
 from lowp.hybrid import (
+    UDA,
     Batch,
     CausalLM,
     Consistency,
+    Contrastive,
+    Denoising,
+    EntropyMinimization,
+    FlexMatch,
+    FreeMatch,
     LSTMClassifier,
     MaskedLM,
+    MeanTeacher,
     PseudoLabel,
     Ramp,
+    SignalAnnealing,
+    SpanCorruption,
     Supervised,
     TransformerEncoder,
+    VirtualAdversarial,
 )
-from lowp.hybrid.batches import collate
+from lowp.hybrid.mixing import GradNorm, Uncertainty
 from lowp.hybrid.objectives.consistency import augment
 from lowp.hybrid.objectives.thresholds import FixedThreshold, Labels
 from lowp.hybrid.random import pass_index
 from lowp.hybrid.tokenizer import CLS, EOS, MASK, PAD
 from lowp.key import clock
+from tests.text_toys import CLASSES, VOCABULARY, batch_of
 
-VOCABULARY, CLASSES = 50, 4
 # Means of at most 100 fp32 terms of size log 50 = 4, in another order: 100 * 2^-24 * 4 = 2.4e-5.
 CLOSE = {"rtol": 0.0, "atol": 2.4e-5}
 
@@ -49,16 +59,6 @@ def lstm(dropout: float = 0.0) -> LSTMClassifier:
 def transformer(dropout: float = 0.0) -> TransformerEncoder:
     return TransformerEncoder(VOCABULARY, CLASSES, width=8, depth=1, heads=2, max_length=64,
                               dropout=dropout)
-
-
-def batch_of(lengths: list[int], labelled: bool = True, first_id: int = 0) -> Batch:
-    """Texts ``[start, tokens…, end]`` of these lengths."""
-    generator = torch.Generator().manual_seed(3)
-    samples: list[tuple[list[int], int | None]] = []
-    for number, length in enumerate(lengths):
-        inner = torch.randint(5, VOCABULARY, (max(0, length - 2),), generator=generator).tolist()
-        samples.append(([CLS, *inner, EOS][:length], number % CLASSES if labelled else None))
-    return collate(samples, range(first_id, first_id + len(lengths)))
 
 
 def sharpen(model: LSTMClassifier | TransformerEncoder, text: int, batch: Batch) -> None:
@@ -242,6 +242,17 @@ CASES: list[tuple[Any, Callable[..., Any], Batch]] = [
     (PseudoLabel(1.0), lstm, batch_of([5, 4], labelled=False)),
     (Consistency(1.0), transformer, batch_of([5, 4], labelled=False)),
     (Consistency(0.0), lstm, batch_of([0, 0], labelled=False)),
+    (PseudoLabel(FlexMatch(CLASSES, 9)), lstm, batch_of([0, 0], labelled=False)),
+    (PseudoLabel(FreeMatch(CLASSES)), lstm, batch_of([0, 0], labelled=False)),
+    (UDA(threshold=1.0), lstm, batch_of([5, 4], labelled=False)),
+    (UDA(threshold=0.0), transformer, batch_of([0, 0], labelled=False)),
+    (EntropyMinimization(), lstm, batch_of([0, 0], labelled=False)),
+    (MeanTeacher(), transformer, batch_of([0, 0], labelled=False)),
+    (VirtualAdversarial(), lstm, batch_of([0, 0], labelled=False)),
+    (VirtualAdversarial(), transformer, batch_of([2, 1], labelled=False)),
+    (Contrastive(), transformer, batch_of([9, 0], labelled=False)),
+    (Denoising(), lstm, batch_of([1, 0], labelled=False)),
+    (SpanCorruption([49]), lstm, batch_of([2, 3, 0], labelled=False)),
 ]
 
 
@@ -262,7 +273,13 @@ def test_nothing_to_learn_is_zero_with_a_zero_gradient(
 
 @pytest.mark.parametrize("objective, make", [
     (Supervised(), lstm), (CausalLM(), lstm), (MaskedLM(0.5), transformer),
-    (PseudoLabel(0.0), lstm), (Consistency(0.0), transformer),
+    (PseudoLabel(0.0), lstm), (Consistency(0.0), transformer), (MaskedLM(
+        0.5, continues=torch.arange(VOCABULARY) % 2 == 0), transformer),
+    (PseudoLabel(FreeMatch(CLASSES, fairness=0.0)), lstm), (UDA(threshold=0.0), transformer),
+    (EntropyMinimization(), lstm), (MeanTeacher(), transformer), (MeanTeacher(), lstm),
+    (VirtualAdversarial(), lstm), (VirtualAdversarial(), transformer), (Contrastive(), lstm),
+    (Denoising(), lstm), (SpanCorruption(range(40, 50)), lstm),
+    (Supervised(annealing=SignalAnnealing(1)), lstm),
 ])
 def test_objectives_repeat_themselves_and_leave_torch_alone(
         objective: Any, make: Callable[..., Any]) -> None:
@@ -319,6 +336,20 @@ def test_ramps() -> None:
     (lambda: PseudoLabel(1.5), "threshold must be in"),
     (lambda: Consistency(math.nan), "threshold must be in"),
     (lambda: Consistency(drop=1.0), "drop must be in"),
+    (lambda: UDA(temperature=0.0), "temperature must be in"),
+    (lambda: Contrastive(0.0), "temperature must be positive"),
+    (lambda: MeanTeacher(1.0), "decay must be in"),
+    (lambda: VirtualAdversarial(epsilon=0), "epsilon must be positive"),
+    (lambda: VirtualAdversarial(xi=math.nan), "xi must be positive"),
+    (lambda: VirtualAdversarial(iterations=0), "iterations must be at least 1"),
+    (lambda: SpanCorruption([]), "expected a sentinel"),
+    (lambda: Denoising(mask=-0.1), "mask must be in"),
+    (lambda: SignalAnnealing(5, "cosine"), "kind of linear, log, exp"),
+    (lambda: FlexMatch(4, 0), "samples must be at least 1"),
+    (lambda: FreeMatch(1), "expected classes >= 2"),
+    (lambda: GradNorm(["a"]), "at least 2 objectives"),
+    (lambda: Uncertainty(["a", "a"]), "different"),
+    (lambda: Uncertainty(["a"], lr=0), "lr must be positive"),
 ])
 def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -130,6 +130,8 @@ class VirtualAdversarial(Objective):
 
         def unit(x: Tensor) -> Tensor:
             x = torch.where(counts, x, 0)
+            if x.numel() == 0:
+                return x
             largest = x.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
             x = x / largest  # squares of tiny gradients would be 0
             length: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
@@ -149,6 +151,7 @@ class VirtualAdversarial(Objective):
                 (gradient,) = torch.autograd.grad(apart, direction)
                 direction = unit(gradient.detach())
             terms = divergence(p, shifted(direction, self.epsilon))
+            terms = torch.where(counts.any(1)[:, 0], terms, 0)  # the others have no direction
         confidence = mean_over_texts(p.amax(-1), batch.lengths)
         return ObjectiveResult(mean_over_texts(terms, batch.lengths),
                                {"confidence": float(confidence)})
