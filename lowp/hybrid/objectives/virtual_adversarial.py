@@ -144,7 +144,7 @@ class VirtualAdversarial(Objective):
         with dropout_off(model), sample_rows(batch.sample_ids):
             with torch.no_grad():
                 p = torch.softmax(model.classify(tokens, batch.lengths).float(), dim=-1)
-            for _ in range(self.iterations):
+            for _ in range(self.iterations if bool(counts.any()) else 0):
                 direction.requires_grad_()
                 apart = divergence(p, shifted(direction, xi)).sum()
                 # Of the direction alone: a backward would add to the weights' gradients.
