@@ -85,13 +85,13 @@ class SqnrFallback:
                 self._note(name, "x", args[0], output.left)
                 self._note(name, "w", module.weight, output.right)
 
-        def backward(module: Any, grads: tuple[Any, ...]) -> None:
+        def after(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
             product = module.recipe.product("grad_input")
-            if product.is_int8 and grads[0] is not None:
-                self._note(name, "dy", grads[0], product.left)
+            if product.is_int8 and output.requires_grad:
+                output.register_hook(lambda grad: self._note(name, "dy", grad, product.left))
 
         self._handles.append(layer.register_forward_pre_hook(forward))
-        self._handles.append(layer.register_full_backward_pre_hook(backward))
+        self._handles.append(layer.register_forward_hook(after))
 
     def _note(self, name: str, operand: str, x: Tensor, how: Operand) -> None:
         if x.numel():

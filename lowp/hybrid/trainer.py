@@ -136,7 +136,7 @@ class Trainer:
             raise ValueError("lowp.hybrid.Trainer: an objective needs the unlabelled stream, "
                              "got unlabelled=None")
         if min(self.steps, self.eval_every, self.checkpoint_every, self.max_skipped,
-               self.accumulate, self.patience or 1) < 1:
+               self.accumulate, 1 if self.patience is None else self.patience) < 1:
             raise ValueError("lowp.hybrid.Trainer: steps, eval_every, checkpoint_every, "
                              "max_skipped, accumulate and patience must be at least 1")
         if self.patience is not None and self.validate is None:
