@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lowp.hybrid import checkpoint, compare, config
 from lowp.hybrid.experiment import build, split_labelled, train
@@ -18,15 +16,9 @@ from lowp.hybrid.objectives import FlexMatch, FreeMatch
 from lowp.hybrid.run import RunFolder
 from tests.hybrid_toys import without_time
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = {"fruit": "apple pear plum fig grape lemon", "tools": "saw axe drill file plane lathe"}
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A run sets the number of threads that its configuration names."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

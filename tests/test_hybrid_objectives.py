@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,17 +39,10 @@ from lowp.hybrid.tokenizer import CLS, EOS, MASK, PAD
 from lowp.key import clock
 from tests.text_toys import CLASSES, VOCABULARY, batch_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Means of at most 100 fp32 terms of size log 50 = 4, in another order: 100 * 2^-24 * 4 = 2.4e-5.
 CLOSE = {"rtol": 0.0, "atol": 2.4e-5}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lstm(dropout: float = 0.0) -> LSTMClassifier:

@@ -10,7 +10,6 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +46,9 @@ from lowp.key import clock
 from tests.test_loop import texts
 from tests.text_toys import CLASSES, VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def causal_terms() -> list[WeightedObjective]:

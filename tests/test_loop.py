@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,7 @@ from tests.hybrid_toys import Network, Numbers, accuracy, classify, toy_trainer,
 from tests.test_resume import assert_equal_states, through_disk
 from tests.text_toys import CLASSES, VOCABULARY
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers are only slowed down by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts(count: int, labelled: bool) -> list[Any]:

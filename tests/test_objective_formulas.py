@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,19 +35,12 @@ from lowp.hybrid.random import sample_rows, view
 from lowp.key import clock
 from tests.text_toys import CLASSES, VOCABULARY, Bag, Writer, batch_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The objectives compute in fp32 what is fp64 here. A term takes fewer than 50 + 10 operations on
 # numbers below 16, so it is off by less than 60 · 16 · 2^-24 = 6e-5; a mean is no worse, and a
 # gradient passes on errors of p below 60 · 2^-24 times derivatives below 16, the same.
 CLOSE = 6e-5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def agree(objective: Any, batch: Batch, formula: Callable[[Any], Tensor],

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,7 @@ from lowp.hybrid.trainer import Outcome, Trainer, WeightedObjective, learning_ra
 from lowp.key import clock
 from tests.hybrid_toys import Network, Numbers, classify, toy_trainer, without_time
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers are only slowed down by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Quadratic(nn.Module):
