@@ -139,7 +139,7 @@ class VirtualAdversarial(_Objective):
     epsilon: PositiveFloat = Field(
         default=5.0, description="norm of a text's perturbation, in deviations of the embeddings")
     xi: PositiveFloat | None = Field(
-        default=None, description="norm of the probe; by default 0.1, 1 for 16-bit weights")
+        default=None, description="norm of the probe; by default 0.1, 3 for 16-bit weights")
     iterations: PositiveInt = Field(default=1, description="of the search for the direction")
 
 

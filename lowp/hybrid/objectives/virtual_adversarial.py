@@ -24,6 +24,9 @@ from lowp.hybrid.tokenizer import SPECIAL
 from lowp.key import Role, clock
 
 
+_16_BIT = (torch.bfloat16, torch.float16)
+
+
 def embedding_of(model: Any) -> nn.Embedding:
     """The layer whose output is perturbed.
 
@@ -73,7 +76,9 @@ class VirtualAdversarial(Objective):
     Args:
         epsilon: ε > 0; 5 by default.
         xi: ξ > 0, small against ε, and large enough to outlast the rounding to the model's type.
-            0.1 by default, and 1 for a model with 16-bit embeddings.
+            0.1 by default, and 3 for 16-bit embeddings: on an LSTM and a transformer of width 64
+            the direction then has a cosine of 0.83 and 0.72 (int8 layers 0.74 and 0.68) to that of
+            fp32 at 0.1, while in bf16 at 0.1 it is 0.21 and 0.08, mostly rounding.
         iterations: of ĝ; 1 by default.
         frequencies: how often each token occurs, [V], which weigh the deviation; by default
             equally.
@@ -121,7 +126,7 @@ class VirtualAdversarial(Objective):
         valid = valid_mask(batch.lengths.to(device), tokens.shape[1])
         counts = (valid & (tokens >= len(SPECIAL)))[..., None]  # [B, T, 1]
         scale = self.deviation(layer)
-        xi = self.xi or (0.1 if layer.weight.dtype == torch.float32 else 1.0)
+        xi = self.xi or (3.0 if layer.weight.dtype in _16_BIT else 0.1)
 
         def shifted(direction: Tensor, size: float) -> Tensor:
             with perturbed(layer, size * direction * scale, valid):
