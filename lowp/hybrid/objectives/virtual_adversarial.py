@@ -23,7 +23,6 @@ from lowp.hybrid.random import dropout_off, normals, sample_rows, stream_id
 from lowp.hybrid.tokenizer import SPECIAL
 from lowp.key import Role, clock
 
-
 _16_BIT = (torch.bfloat16, torch.float16)
 
 
