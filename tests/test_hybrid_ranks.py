@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import multiprocessing
@@ -36,7 +37,9 @@ from lowp.hybrid import (
     VirtualAdversarial,
     checkpoint,
     ranks,
+    sharding,
 )
+from lowp.hybrid.average import WeightAverage
 from lowp.hybrid.batches import Stream
 from lowp.hybrid.fallback import SqnrFallback
 from lowp.hybrid.mixing import GradNorm
@@ -68,17 +71,25 @@ def encoder_terms() -> list[WeightedObjective]:
     ]
 
 
+def unaveraged_terms() -> list[WeightedObjective]:
+    return [term for term in encoder_terms() if term.name != "mean_teacher"]
+
+
 CASES: dict[str, dict[str, Any]] = {
     "lstm": {"terms": causal_terms}, "encoder": {"terms": encoder_terms},
     "lstm in parts": {"terms": causal_terms, "accumulate": 2, "separate": True},
     "encoder balanced": {"terms": encoder_terms, "mixing": True, "project_conflicts": True},
     "poisoned": {"terms": causal_terms, "poison": True},
+    "sharded lstm": {"terms": causal_terms, "shard": True},
+    "sharded lstm in parts": {"terms": causal_terms, "shard": True, "accumulate": 2},
+    "sharded encoder": {"terms": unaveraged_terms, "shard": True},
+    "sharded poisoned": {"terms": causal_terms, "shard": True, "poison": True},
     "int8": {"terms": causal_terms, "precision": "int8", "fallback": True},
 }
 
 
-def run(case: str) -> dict[str, Any]:
-    """One case on this process's ranks: its log, weights and the samples that it read."""
+def run(case: str, state: Any = None) -> dict[str, Any]:
+    """One case on this process's ranks, from the start or a state: log, weights, samples read."""
     options = dict(CASES[case])
     terms, poison = options.pop("terms")(), options.pop("poison", False)
     precision, is_causal = options.pop("precision", "fp32"), "lstm" in case or "enc" not in case
@@ -91,6 +102,8 @@ def run(case: str) -> dict[str, Any]:
     model = LSTMClassifier(VOCABULARY, CLASSES, 8, 8, dropout=0.2, precision=precision) \
         if is_causal else TransformerEncoder(VOCABULARY, CLASSES, width=8, depth=1, heads=2,
                                              max_length=16, dropout=0.2)
+    if options.pop("shard", False):
+        sharding.shard(model)
     shares = ranks.rank(), ranks.world_size()
     streams = [Stream(texts(14, True), 8, 0, 0, *shares),
                Stream(texts(23, False), 12, 0, 1, *shares)]
@@ -116,11 +129,18 @@ def run(case: str) -> dict[str, Any]:
         spoiled.stream = "unlabelled"  # type: ignore[attr-defined]
         terms[1] = WeightedObjective(spoiled, name="spoiled")
     log: list[dict[str, Any]] = []
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.5), terms, *streams,
-                      steps=STEPS, warmup=0.0, record=log.append, max_skipped=3, **options)
+    states: dict[int, Any] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    trainer = Trainer(model, optimizer, terms, *streams, steps=STEPS, warmup=0.0, max_skipped=3,
+                      record=log.append, checkpoint_every=3,
+                      save=lambda step, state: states.setdefault(step, copy.deepcopy(state)),
+                      **options)
+    if state is not None:
+        trainer.load_state_dict(state)
     outcome = trainer.run()
-    return {"log": log, "seen": seen, "outcome": list(outcome),
-            "weights": {n: p.detach().clone() for n, p in model.named_parameters()}}
+    weights = {n: sharding.whole(p).clone() for n, p in model.named_parameters()}
+    return {"log": log, "seen": seen, "outcome": list(outcome), "states": states,
+            "weights": weights, "kept": sum(sharding.local(p).numel() for p in model.parameters())}
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -138,7 +158,23 @@ def work(rank: int, port: int, folder: str) -> None:
             found["unequal"] = str(error)
         uneven = ranks.gathered(torch.arange(3 + rank))
         found["gathered"] = uneven.tolist()
+        found["refused"] = refusals()
         torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def refusals() -> list[str]:
+    """What is said of sharded weights where whole ones are needed."""
+    model = sharding.shard(LSTMClassifier(VOCABULARY, CLASSES, 8, 8))
+    options: dict[str, Any] = {"labelled": Stream(texts(14, True), 8), "project_conflicts": True}
+    said = []
+    for make in (lambda: Trainer(model, torch.optim.SGD(model.parameters(), lr=1.0),
+                                 [WeightedObjective(Supervised())], **options),
+                 lambda: WeightAverage(0.9).start(model)):
+        try:
+            make()
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def free_port() -> int:
@@ -162,7 +198,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{r}.pt") for r in (0, 1)]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("poisoned", "int8")])
+@pytest.mark.parametrize("case", [c for c in CASES if "poisoned" not in c and c != "int8"])
 def test_two_ranks_give_the_curve_of_one(both: list[dict[str, Any]], case: str) -> None:
     alone = run(case)
     for number, found in enumerate(both):
@@ -183,6 +219,26 @@ def test_two_ranks_give_the_curve_of_one(both: list[dict[str, Any]], case: str) 
         torch.testing.assert_close(both[0][case]["weights"][name], weight, rtol=0, atol=1e-3)
 
 
+def test_sharded_ranks_keep_a_part_and_any_number_goes_on(both: list[dict[str, Any]]) -> None:
+    alone = run("sharded lstm")
+    total = sum(weight.numel() for weight in alone["weights"].values())
+    kept = [found["sharded lstm"]["kept"] for found in both]
+    assert sum(kept) == total and max(kept) < 0.6 * total
+    state = both[0]["sharded lstm"]["states"][3]
+    for name, weight in alone["states"][3]["model"].items():
+        torch.testing.assert_close(state["model"][name], weight, rtol=0, atol=1e-3)
+    rest = run("sharded lstm", state)
+    assert [r["step"] for r in rest["log"]] == [4, 5, 6]
+    for name, weight in both[0]["sharded lstm"]["weights"].items():
+        torch.testing.assert_close(rest["weights"][name], weight, rtol=0, atol=1e-3)
+
+
+def test_what_needs_whole_weights_is_refused(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert "expect whole weights, got sharded ones" in found["refused"][0]
+        assert "whole, got sharded ones" in found["refused"][1]
+
+
 def test_streams_are_shared_without_overlap(both: list[dict[str, Any]]) -> None:
     alone = run("lstm")
     for stream, batch in ((0, 8), (1, 12)):
@@ -193,16 +249,18 @@ def test_streams_are_shared_without_overlap(both: list[dict[str, Any]]) -> None:
         assert joined == alone["seen"][stream]
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_on_all(both: list[dict[str, Any]]) -> None:
-    logs = [found["poisoned"]["log"] for found in both]
-    for log in logs:
+@pytest.mark.parametrize("case", ["poisoned", "sharded poisoned"])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(both: list[dict[str, Any]],
+                                                          case: str) -> None:
+    first, second = (found[case] for found in both)
+    for log in (first["log"], second["log"]):
         assert [r["step"] for r in log if "skipped" in r] == [3, 4, 5], "the clock stands still"
         assert log[2]["skipped"] == "the loss of spoiled is nan"
-        assert log[2]["culprit"].startswith("spoiled, unlabelled stream: the loss itself")
-    assert both[0]["poisoned"]["outcome"] == both[1]["poisoned"]["outcome"]
-    assert both[0]["poisoned"]["outcome"][:2] == ["diverged", 5]
-    weights = [found["poisoned"]["weights"] for found in both]
-    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+        if case == "poisoned":
+            assert log[2]["culprit"].startswith("spoiled, unlabelled stream: the loss itself")
+    assert first["outcome"] == second["outcome"] and first["outcome"][:2] == ["diverged", 5]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and bool(weight.isfinite().all())
 
 
 def test_ranks_agree_on_int8_and_on_the_fallback(both: list[dict[str, Any]]) -> None:

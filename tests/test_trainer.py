@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lowp.hybrid.generators import set_random_state
 from lowp.hybrid.random import pass_index
-from lowp.hybrid.trainer import Outcome, Trainer, WeightedObjective, learning_rate
+from lowp.hybrid.schedule import learning_rate
+from lowp.hybrid.trainer import Outcome, Trainer, WeightedObjective
 from lowp.key import clock
 from tests.hybrid_toys import Network, Numbers, classify, toy_trainer, without_time
 

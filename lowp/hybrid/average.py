@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowp.hybrid.sharding import is_sharded
+
 Result = TypeVar("Result")
 
 
@@ -47,7 +49,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """Take the model's weights, unless there are some already."""
+        """Take the model's weights, unless there are some already.
+
+        Raises:
+            ValueError: they are sharded.
+        """
+        if is_sharded(list(model.parameters())):
+            raise ValueError("lowp.hybrid.WeightAverage: expected weights that every rank has "
+                             "whole, got sharded ones, which a pass gathers again as they are")
         if not self.weights:
             self.weights = {n: p.detach().float().clone() for n, p in model.named_parameters()}
 

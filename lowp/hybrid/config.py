@@ -179,6 +179,9 @@ class Config(Section):
         "stops; needs data.validation")
     compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
         default=None, description="torch.compile's backend for the model; null: not compiled")
+    shard: bool = Field(
+        default=False, description="on several ranks: each keeps a part of the weights, gradients "
+        "and states (FSDP2); without average, mean_teacher and mixing by gradients")
     seed: Seed = Field(default=0, description="seed of weights, order, dropout, masks and rounding")
     # A step of the default model costs 0.2 s of CPU time on one thread; on two, beside two busy
     # processes on two cores, OpenMP's waiting threads made it 2.3 s.
@@ -231,6 +234,11 @@ class Config(Section):
         if self.patience is not None and self.data.validation == 0:
             raise ValueError("patience needs data.validation above 0, as stopping by the held-out "
                              "texts would be fitted to them")
+        by_gradient = self.mixing.kind == "gradnorm" or self.mixing.project_conflicts \
+            or self.mixing.separate_gradients
+        if self.shard and (by_gradient or self.average is not None or "mean_teacher" in kinds):
+            raise ValueError("shard must be false for average, mean_teacher, gradnorm, "
+                             "project_conflicts and separate_gradients, which need whole weights")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must be at most batch_size {self.batch_size}, "
                              f"got {self.accumulate}")

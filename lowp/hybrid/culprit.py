@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowp.hybrid.sharding import local
+
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Every float tensor in nested tuples, lists, mappings and dataclasses."""
@@ -36,7 +38,7 @@ def is_finite(value: Any) -> bool:
 
 def _bad_weight(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
+        if not is_finite(local(parameter)):
             layer, _, own = name.rpartition(".")
             return f"layer {layer or '(root)'}: its {own} is not finite"
     return ""
@@ -91,19 +93,20 @@ def _bad_gradient(model: nn.Module, before: list[Tensor | None]) -> str:
     return ""
 
 
-def find(model: nn.Module, batch: Any, run: Callable[[], Tensor]) -> str:
+def find(model: nn.Module, batch: Any, run: Callable[[], Tensor] | None) -> str:
     """Name what makes a pass not finite, or ``""`` if it is finite.
 
     Weights are looked at first, then the batch, then every layer in the order of the pass, then
     every layer in the order of the backward pass. ``.grad`` is left as the backward leaves it.
 
     Args:
-        run: the forward pass, to its loss; must repeat itself.
+        run: the forward pass, to its loss; must repeat itself. ``None``: look no further than the
+            batch.
     """
     found = _bad_weight(model)
     if not found and not is_finite(batch):
         found = "the batch itself is not finite"
-    if found:
+    if found or run is None:
         return found
     before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     try:

@@ -29,6 +29,7 @@ from lowp.hybrid.fallback import SqnrFallback
 from lowp.hybrid.models import LSTMClassifier, TransformerEncoder
 from lowp.hybrid.random import permutation
 from lowp.hybrid.run import Log, RunFolder, bytes_per_parameter
+from lowp.hybrid.sharding import shard
 from lowp.hybrid.tokenizer import Tokenizer, train_tokenizer
 from lowp.hybrid.trainer import Outcome, Record, Trainer
 from lowp.key import clock, tensor_id
@@ -177,6 +178,8 @@ def build(settings: config.Config) -> Experiment:
     sentinels = range(tokenizer.vocab_size, tokenizer.vocab_size + sentinels_needed(settings))
     model = build_model(settings, tokenizer.vocab_size + len(sentinels), classes)
     compile_model(model, settings.compile)
+    if settings.shard:
+        shard(model)
     evaluate = HeldOut(heldout, [label for _, label in corpus.heldout], classes,
                        settings.eval_batch_size)
     validate = HeldOut([labelled[i] for i in kept], [labels[i] for i in kept], classes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowp.hybrid import ranks
+from lowp.hybrid import ranks, sharding
 
 BUCKET = 1 << 24  # elements that are summed over the ranks at a time: 64 MiB of fp32
 Vector = dict[int, Tensor]  # a gradient: parameter's index to fp32 tensor; those missing are 0
@@ -23,9 +23,14 @@ def dot(a: Vector, b: Vector) -> float:
 
 def norm(a: Vector) -> float:
     """The Euclidean norm, of fp32 norms of the tensors."""
-    if not a:
+    return length([a[i] for i in sorted(a)])
+
+
+def length(tensors: list[Tensor]) -> float:
+    """The Euclidean norm of all of them together, of their fp32 norms."""
+    if not tensors:
         return 0.0
-    parts = torch._foreach_norm([a[i] for i in sorted(a)], 2, dtype=torch.float32)
+    parts = torch._foreach_norm(tensors, 2, dtype=torch.float32)
     return math.sqrt(math.fsum(float(p) ** 2 for p in parts))
 
 
@@ -79,6 +84,7 @@ class Gradients:
                  separate: bool = False) -> None:
         self.parameters, self.terms, self.separate = parameters, terms, separate
         self.in_place = parts == 1 and not separate
+        self.is_sharded = sharding.is_sharded(parameters)
         self.sums: list[Vector] = []
         self._norms = _PassNorms(parameters) if self.in_place else None
         self.begin()
@@ -100,7 +106,7 @@ class Gradients:
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
-            grad, parameter.grad = parameter.grad.float(), None
+            grad, parameter.grad = sharding.local(parameter.grad).float(), None
             if index in into:
                 into[index] += grad
             else:
@@ -108,7 +114,9 @@ class Gradients:
         return None
 
     def reduce(self) -> None:
-        """Sum over the ranks, in fp32."""
+        """Sum over the ranks, in fp32; of sharded weights the backward passes did that."""
+        if self.is_sharded:
+            return
         if self.in_place and ranks.is_parallel():
             grads = {i: p.grad.float() for i, p in enumerate(self.parameters) if p.grad is not None}
             self.sums = [self._over_ranks(grads)]
@@ -141,17 +149,20 @@ class Gradients:
 
     def finish(self, combine: Callable[[list[Vector]], Vector] = total) -> None:
         """Put the sum into ``.grad``, rounded once; the sums are dropped."""
-        if self.in_place and not ranks.is_parallel():
+        if self.in_place and (self.is_sharded or not ranks.is_parallel()):
             return
         for index, tensor in combine(self.sums).items():
-            self.parameters[index].grad = tensor.to(self.parameters[index].dtype)
+            parameter = self.parameters[index]
+            parameter.grad = sharding.like(tensor.to(parameter.dtype), parameter)
         self.sums = []
 
     def clip(self, limit: float) -> float:
         """Scale ``.grad`` to norm ``limit`` if its is larger; the norm, summed in fp32."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        whole = math.sqrt(math.fsum(float(n) ** 2 for n in norms))
+        grads = [sharding.local(p.grad) for p in self.parameters if p.grad is not None]
+        whole = length(grads)
+        if self.is_sharded:
+            squares = ranks.total_of(torch.tensor(whole, dtype=torch.float64).square())
+            whole = math.sqrt(float(squares))
         if math.isfinite(whole) and whole > limit:
             torch._foreach_mul_(grads, limit / whole)
         return whole

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowp.hybrid import culprit, ranks
+from lowp.hybrid import culprit, ranks, sharding
 from lowp.hybrid.batches import micro_batches
 from lowp.hybrid.generators import random_state, set_random_state
 from lowp.hybrid.gradients import Gradients
@@ -41,6 +41,7 @@ class Passes:
             term.name: {"weight": term.weight_at(step) * mixing.factor(term.name)}
             for term in objectives
         }
+        self.is_sharded = sharding.is_sharded(list(model.parameters()))
         self.streams: dict[str, Any] = {}
         self.events: list[dict[str, Any]] = []
         self.kept: set[str] = set()
@@ -107,7 +108,7 @@ class Passes:
         """A forward and backward pass of every objective on the next part of its batch.
 
         A loss that is not finite has no backward; the other passes go on, so that ranks stay
-        together.
+        together, and with sharded weights its own too.
         """
         part = self._done
         for index, term in enumerate(self.objectives):
@@ -118,8 +119,11 @@ class Passes:
             value = float(loss.detach())
             if not math.isfinite(value):
                 self._trouble = self._trouble or f"the loss of {term.name} is {value}"
-                continue
-            self._backward(index, loss * (record["weight"] * share))
+                if not self.is_sharded:
+                    continue
+            # Sharded gradients come as the mean over the ranks.
+            factor = ranks.world_size() if self.is_sharded else 1
+            self._backward(index, loss * (record["weight"] * share * factor))
             for key, number in {"loss": value, **metrics}.items():
                 record[key] = record.get(key, 0.0) + share * number
             added = gradients.collect(index)
@@ -142,7 +146,8 @@ class Passes:
     def culprit(self) -> str:
         """Run the passes once more, exactly as they were, and name what is not finite in them.
 
-        What objectives and generators remember is put back afterwards.
+        What objectives and generators remember is put back afterwards. With sharded weights, whose
+        passes need all ranks, only weights and batches are looked at.
         """
         objectives: list[Any] = [term.objective for term in self.objectives]
         states = [(o, o.state_dict()) for o in objectives if hasattr(o, "state_dict")]
@@ -163,7 +168,7 @@ class Passes:
                 if self.terms[term.name]["weight"] == 0:
                     continue
                 batch = self._batches[term.stream][part]
-                run = functools.partial(self._forward, index, part)
+                run = None if self.is_sharded else functools.partial(self._forward, index, part)
                 found = culprit.find(self.model, batch, run)
                 if found and not first:
                     first = f"{term.name}, {term.stream} stream: {found}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowp.hybrid import ranks
+from lowp.hybrid import ranks, sharding
 from lowp.hybrid.average import WeightAverage
 from lowp.hybrid.fallback import SqnrFallback
 from lowp.hybrid.generators import random_state, set_random_state
@@ -20,12 +20,13 @@ from lowp.hybrid.gradients import Gradients, dot, norm
 from lowp.hybrid.interruption import sigint_noted
 from lowp.hybrid.mixing import Mixing, without_conflicts
 from lowp.hybrid.passes import Passes, Record
+from lowp.hybrid.schedule import learning_rate, set_rate
 from lowp.hybrid.stopping import Best
 from lowp.hybrid.term import WeightedObjective
 from lowp.key import clock
 from lowp.weight_codes import WeightCodes, shared_weight_codes
 
-__all__ = ["BatchStream", "Outcome", "Record", "Trainer", "WeightedObjective", "learning_rate"]
+__all__ = ["BatchStream", "Outcome", "Record", "Trainer", "WeightedObjective"]
 
 
 class BatchStream(Protocol):
@@ -45,18 +46,6 @@ class Outcome(NamedTuple):
     status: str
     step: int
     reason: str = ""
-
-
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor of the peak rate at ``step`` (1 at the first): linear warm-up, then cosine to zero.
-
-    Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5 without restarts. The rate is positive at
-    every step of the run, the last included.
-    """
-    rising = round(warmup * steps)
-    if step <= rising:
-        return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising - 1) / max(1, steps - rising)))
 
 
 @dataclass
@@ -146,6 +135,9 @@ class Trainer:
             group.setdefault("initial_lr", float(group["lr"]))
         self.parameters: list[Tensor] = [p for g in groups for p in g["params"] if p.requires_grad]
         self.separate = self.separate or self.project_conflicts or self.mixing.separate
+        if self.separate and sharding.is_sharded(self.parameters):
+            raise ValueError("lowp.hybrid.Trainer: separate gradients, as project_conflicts and "
+                             "GradNorm need them, expect whole weights, got sharded ones")
         self._gradients = Gradients(self.parameters, len(names), self.accumulate, self.separate)
         self._best = Best("accuracy" if self.validate is None else "macro_f1")
         self._codes = WeightCodes()
@@ -169,13 +161,7 @@ class Trainer:
         self._gradients.begin()
         for term in self.objectives:
             term.tell("begin_step")
-        factor = learning_rate(step, self.steps, self.warmup)
-        for group in self.optimizer.param_groups:
-            rate = group["initial_lr"] * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_rate(self.optimizer, learning_rate(step, self.steps, self.warmup))
         self._seconds = 0.0
         passes = Passes(self.model, self.objectives, self.mixing, self.accumulate, step)
         passes.start(self._streams)
@@ -268,7 +254,7 @@ class Trainer:
         return ""
 
     def train_step(self) -> Record:
-        """One step: every objective's batch, forward and backward, then one update.
+        """One step: every objective's passes, then one update.
 
         Returns:
             ``step``, ``loss`` (weighted sum), ``lr``, ``grad_norm`` (before clipping), of each of
@@ -299,7 +285,8 @@ class Trainer:
             if self._best.see(self.step, chosen) and self.validate is not None:
                 weights = self.model.state_dict() if self.average is None \
                     else self.average.rounded(self.model)
-                self.save_best(self.step, {"model": dict(weights), "best": dict(self.best)})
+                weights = sharding.map_tensors(dict(weights), sharding.whole)
+                self.save_best(self.step, {"model": weights, "best": dict(self.best)})
 
     def run(self) -> Outcome:
         """Train to the last step; saves every ``checkpoint_every`` steps and at the end.
@@ -350,8 +337,8 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "best": self._best.state_dict(),
             "clock": int(clock.step),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "model": sharding.map_tensors(dict(self.model.state_dict()), sharding.whole),
+            "optimizer": sharding.map_tensors(self.optimizer.state_dict(), sharding.whole),
             "streams": streams,
             "objectives": {
                 term.name: term.objective.state_dict()
@@ -374,8 +361,8 @@ class Trainer:
         Raises:
             KeyError, RuntimeError: the state is of another model, optimizer or set of streams.
         """
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_model(self.model, state["model"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
         for name, stream in self._streams.items():
             stream.load_state_dict(state["streams"][name])
         for term in self.objectives:

@@ -20,6 +20,7 @@ from lowp.hybrid.objectives.result import (
 from lowp.hybrid.objectives.uda import divergence
 from lowp.hybrid.padding import valid_mask
 from lowp.hybrid.random import dropout_off, normals, sample_rows, stream_id
+from lowp.hybrid.sharding import whole
 from lowp.hybrid.tokenizer import SPECIAL
 from lowp.key import Role, clock
 
@@ -110,7 +111,7 @@ class VirtualAdversarial(Objective):
 
     def deviation(self, layer: nn.Embedding) -> Tensor:
         """The standard deviation of each component over the vocabulary, fp32 [E]."""
-        table = layer.weight.detach().float()
+        table = whole(layer.weight).float()
         if self.frequencies is None:
             return table.std(0, correction=0)
         part = self.frequencies.to(table.device).double()
