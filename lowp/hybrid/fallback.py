@@ -106,7 +106,7 @@ class SqnrFallback:
         """
         if not self._handles:
             return []
-        least = self._over_ranks(list(lowp_layers(model)))
+        least = self._over_ranks(model)
         self.discard()
         events = []
         for (name, operand), value in least.items():
@@ -116,12 +116,13 @@ class SqnrFallback:
                                "until": self.until[name]})
         return events
 
-    def _over_ranks(self, names: list[str]) -> dict[tuple[str, str], float]:
+    def _over_ranks(self, model: nn.Module) -> dict[tuple[str, str], float]:
         if not ranks.is_parallel():
             return dict(self._least)
-        keys = [(name, operand) for name in names for operand in OPERANDS]
+        keys = [(name, operand) for name in lowp_layers(model) for operand in OPERANDS]
         own = torch.tensor([[self._least.get(key, math.inf) for key in keys]])
-        least = ranks.gathered(own).amin(0).tolist()
+        device = next(model.parameters()).device
+        least = ranks.gathered(own.to(device)).amin(0).tolist()
         return {key: value for key, value in zip(keys, least, strict=True) if value < math.inf}
 
     def discard(self) -> None:
@@ -131,9 +132,9 @@ class SqnrFallback:
         self._handles, self._least = [], {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Which layers are in bf16, and until when."""
-        return {"until": dict(self.until)}
+        """Which layers are in bf16, and until when; and what the step has measured so far."""
+        return {"until": dict(self.until), "least": dict(self._least)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the layers change with the next step."""
-        self.until = dict(state["until"])
+        self.until, self._least = dict(state["until"]), dict(state["least"])

@@ -1,6 +1,8 @@
 """Several processes as one run: replicas of a model, each on its part of every batch.
 
-Without a process group every function is what one process alone would see. Replicas hold the same
+Without a process group every function is what one process alone would see. Gradients are added up
+once a step, in fp32: DistributedDataParallel does so in every backward pass, of which a hybrid step
+has one for each objective and part, and only where a model is called. Replicas hold the same
 weights, so a run of R ranks is the run of one rank on the whole batch, up to the order of fp32
 sums.
 """

@@ -383,6 +383,8 @@ class Trainer:
             for term in self.objectives:
                 if hasattr(term.objective, "load_state_dict"):
                     term.objective.load_state_dict(state["objectives"][term.name])
+            if self.fallback is not None:
+                self.fallback.load_state_dict(state["fallback"])
             self._passes.load_state_dict(state["passes"])
             self._gradients.load_state_dict(state["gradients"])
         set_random_state(state["random"])
