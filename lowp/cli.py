@@ -137,6 +137,8 @@ class Watch:
 
     def record(self, record: dict[str, Any]) -> None:
         """One record of the log."""
+        for event in record.get("fallback", ()):
+            console.print(f"  step {record['step']}: {_event(event)}", highlight=False)
         if "eval" in record:
             heldout = record["eval"]
             self.accuracy = f"held-out {100 * heldout['accuracy']:.1f} %"
@@ -144,7 +146,8 @@ class Watch:
                           f"{100 * heldout['macro_f1']:.1f} %", highlight=False)
             return
         if "skipped" in record:
-            console.print(f"  [yellow]step {record['step']} not applied[/]: {record['skipped']}")
+            why = "; ".join(filter(None, (record["skipped"], record.get("culprit"))))
+            console.print(f"  [yellow]step {record['step']} not applied[/]: {escape(why)}")
         now = time.monotonic()
         if now - self._shown < 0.1 and self._progress.tasks[0].total != record["step"]:
             return
@@ -153,6 +156,14 @@ class Watch:
                   record.get("objectives", {}).items() if "loss" in term]
         self._progress.update(self._task, completed=record["step"],
                               losses="  ".join([*losses, self.accuracy]))
+
+
+def _event(event: dict[str, Any]) -> str:
+    """A change of a layer's recipe in words."""
+    if "sqnr" not in event:
+        return f"layer {event['layer']} is back at {event['recipe']}"
+    return (f"layer {event['layer']} runs in {event['recipe']} until step {event['until']}: "
+            f"{event['operand']} had {event['sqnr']:.1f} dB")
 
 
 def _train(name: str, folder: RunFolder, again: str) -> dict[str, Any]:
@@ -194,7 +205,10 @@ def train(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled =
     flags = {"data.path": data, "data.unlabelled": unlabelled, "data.heldout": heldout,
              "data.dataset": dataset, "data.labels": labels, "model.kind": model,
              "precision.linear": precision, "steps": steps, "seed": seed}
-    with _exits():
+    from lowp.hybrid import ranks
+
+    with _exits(), ranks.started():
+        console.quiet = ranks.rank() > 0
         if resume is not None:
             given = [key for key, value in {**flags, "config": config, "set": settings,
                                             "out": out}.items() if value is not None]
@@ -204,6 +218,7 @@ def train(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled =
             _train_with_twin(resume, None, twin)
         else:
             folder = out or Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
+            folder = ranks.from_first(folder)
             _train_with_twin(folder, _settings(config, flags, settings), twin)
 
 
@@ -213,10 +228,10 @@ def _train_with_twin(path: Path, settings: Config | None, with_twin: bool) -> No
     Args:
         settings: of a new run; ``None`` to go on with what the folder holds.
     """
-    from lowp.hybrid import compare, curves
+    from lowp.hybrid import compare, curves, ranks
     from lowp.hybrid.run import RunFolder
 
-    main = RunFolder.create(path, settings) if settings is not None else RunFolder.open(path)
+    main = compare.start(path, settings) if settings is not None else RunFolder.open(path)
     folders = {compare.label(main.config): main}
     other = compare.twin(main.config)
     if with_twin and other != main.config:
@@ -226,7 +241,7 @@ def _train_with_twin(path: Path, settings: Config | None, with_twin: bool) -> No
         name: compare.finished(folder) or _train(name, folder, again)
         for name, folder in folders.items()
     }
-    if len(folders) > 1:
+    if len(folders) > 1 and ranks.rank() == 0:
         chance = next(iter(summaries.values()))["data"]["most frequent class"]
         curves.draw_accuracy({name: folder.records() for name, folder in folders.items()},
                              path / "accuracy.png", chance)
@@ -250,11 +265,13 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
     Finished runs in --out are taken as they are: the same command goes on where it was broken off.
     """
     from lowp.hybrid import compare as comparison
+    from lowp.hybrid import ranks
 
     flags = {"data.path": data, "data.unlabelled": unlabelled, "data.heldout": heldout,
              "data.dataset": dataset, "data.labels": labels, "model.kind": model,
              "precision.linear": precision, "steps": steps}
-    with _exits():
+    with _exits(), ranks.started():
+        console.quiet = ranks.rank() > 0
         chosen = _settings(config, flags, settings)
         target = results or out / "comparison.json"
         run = functools.partial(_train, again="the same command")
