@@ -6,12 +6,14 @@ from lowp.convert import convert, plan, revert
 from lowp.explanation import explain
 from lowp.key import Key
 from lowp.linear import Linear, linear
+from lowp.lstm import LSTM
 from lowp.quantized import Quantized, dequantize, quantize
 from lowp.recipe import Operand, Product, Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSTM",
     "Key",
     "Linear",
     "Operand",
