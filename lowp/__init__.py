@@ -6,6 +6,7 @@ from lowp.convert import convert, plan, revert
 from lowp.explanation import explain
 from lowp.key import Key
 from lowp.linear import Linear, linear
+from lowp.low_rank import LowRankLinear, factorize, merge
 from lowp.lstm import LSTM
 from lowp.quantized import Quantized, dequantize, quantize
 from lowp.recipe import Operand, Product, Recipe
@@ -16,6 +17,7 @@ __all__ = [
     "LSTM",
     "Key",
     "Linear",
+    "LowRankLinear",
     "Operand",
     "Product",
     "Quantized",
@@ -25,7 +27,9 @@ __all__ = [
     "convert",
     "dequantize",
     "explain",
+    "factorize",
     "linear",
+    "merge",
     "optim",
     "plan",
     "quantize",

@@ -67,7 +67,7 @@ def _foreign(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
     return None
 
 
-def _shared(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that more than one module holds: tied weights."""
     seen: set[int] = set()
     tied: set[int] = set()
@@ -79,7 +79,7 @@ def _shared(model: nn.Module) -> set[int]:
 
 def _candidates(model: nn.Module,
                 filter_fn: Filter | None) -> Iterator[tuple[nn.Module, PlanEntry]]:
-    tied = _shared(model)
+    tied = shared_parameters(model)
     for fqn, module in model.named_modules():
         fused = is_fused(module)
         if not isinstance(module, nn.Linear) and not _is_conv1d(module) and not fused \

@@ -6,6 +6,7 @@ from lowp.optim.adam import Adam
 from lowp.optim.adamw import AdamW
 from lowp.optim.conversion import from_torch, to_torch
 from lowp.optim.files import load_state, save_state
+from lowp.optim.galore import GaLore
 from lowp.optim.lion import Lion
 from lowp.optim.muon import Muon
 from lowp.optim.release import GradientRelease
@@ -16,6 +17,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AdamW",
+    "GaLore",
     "GradientAccumulation",
     "GradientRelease",
     "Lion",
