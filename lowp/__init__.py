@@ -10,6 +10,7 @@ from lowp.low_rank import LowRankLinear, factorize, merge
 from lowp.lstm import LSTM
 from lowp.quantized import Quantized, dequantize, quantize
 from lowp.recipe import Operand, Product, Recipe
+from lowp.report import report
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "optim",
     "plan",
     "quantize",
+    "report",
     "revert",
     "testing",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``lowp train``, ``lowp compare`` and ``lowp doctor``.
+"""The command line: ``lowp train``, ``compare``, ``curves``, ``report`` and ``doctor``.
 
 Exit codes: 0 done, 1 failed, 2 a wrong option, configuration or data file, 130 after Ctrl-C.
 """
@@ -283,6 +283,48 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
                 console.print(f"  {kind}, {name}: {pair['mean']:+.2f} points "
                               f"± {pair['standard_error']:.2f} (standard error)", highlight=False)
         console.print(f"  {escape(str(target))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def curves(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, two or more.")],
+           out: Annotated[Path, typer.Option(
+               "--out", help="PNG file to write.")] = Path("curves.png")) -> None:
+    """Draw the losses and held-out metrics of several runs over each other."""
+    from lowp.hybrid.curves import draw_overlay
+    from lowp.hybrid.run import RunFolder
+
+    with _exits():
+        if len(set(runs)) != len(runs) or len(runs) < 2:
+            raise Stop(WRONG, "[bold red]error:[/] expected two or more different run folders")
+        draw_overlay({str(path): RunFolder.open(path).records() for path in runs}, out)
+        console.print(f"  {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+           as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+           ) -> None:
+    """Show what low precision does to every layer of a run, at its newest checkpoint.
+
+    One labelled batch goes through the model; report.json and report.png are written into the run's
+    folder.
+    """
+    from lowp.hybrid.experiment import inspect
+    from lowp.hybrid.run import RunFolder
+
+    with _exits():
+        found = inspect(RunFolder.open(run))
+        (run / "report.json").write_text(found.to_json(), encoding="utf-8")
+        found.draw(run / "report.png")
+        if as_json:
+            typer.echo(found.to_json())
+            return
+        console.print(found.table())
+        console.print(f"updates: {found.update}", highlight=False)
+        for fqn, reason in found.unmeasured:
+            console.print(f"not measured: {escape(fqn)}: {escape(reason)}", highlight=False)
+        for name in ("report.json", "report.png"):
+            console.print(f"  {escape(str(run / name))}", highlight=False, soft_wrap=True)
 
 
 @app.command()

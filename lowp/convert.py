@@ -9,6 +9,7 @@ from torch import nn
 
 from lowp.experts import Experts, converted, is_fused, refusal
 from lowp.linear import Linear
+from lowp.lstm import LSTM
 from lowp.recipe import Recipe, recipe_of
 
 Filter = Callable[[nn.Module, str], bool]
@@ -54,9 +55,10 @@ def _foreign(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
     Embeddings, norms and convolutions are no such modules.
     """
     if isinstance(module, nn.RNNBase):
-        weight = module.get_parameter("weight_ih_l0")
-        return (f"nn.{type(module).__name__}: lowp.LSTM has nn.LSTM's arguments and state_dict",
-                tuple(weight.shape))
+        reason = f"nn.{type(module).__name__}: lowp.LSTM has nn.LSTM's arguments and state_dict"
+        if isinstance(module, LSTM):
+            reason = f"lowp.LSTM: its input projections run by {module.recipe.name}"
+        return reason, tuple(module.get_parameter("weight_ih_l0").shape)
     own = type(module).__module__
     if own.startswith("torch.") and not isinstance(module, nn.MultiheadAttention | nn.Bilinear):
         return None

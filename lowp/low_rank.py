@@ -238,8 +238,9 @@ def factorize(model: nn.Module, *, rank: int | None = None, energy: float | None
             smaller = r * sum(shape)
             if smaller < count:
                 layer = _replacement(module, fqn, u, s, vt, r, chosen or _recipe(module))
-                product = layer.left.weight.double() @ layer.right.weight.double()
-                error = (product - weight.double()).norm() / weight.double().norm().clamp_min(
+                weight = weight.detach().double()
+                product = layer.left.weight.detach().double() @ layer.right.weight.detach().double()
+                error = (product - weight).norm() / weight.norm().clamp_min(
                     torch.finfo(torch.float64).tiny)
                 entries.append(FactorEntry(fqn, True, "", shape, r, float(error), count, smaller))
                 fresh[fqn] = layer

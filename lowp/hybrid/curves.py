@@ -104,6 +104,40 @@ def draw_accuracy(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: Path,
     save_figure(figure, path)
 
 
+def draw_overlay(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
+    """Several runs over each other: the loss of every objective, smoothed, and what is held out.
+
+    Args:
+        runs: name of each run to its records. A run without a curve is missing in that panel.
+    """
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+
+    def add(panel: str, run: str, step: int, value: float) -> None:
+        steps, values = curves.setdefault(panel, {}).setdefault(run, ([], []))
+        steps.append(step)
+        values.append(value)
+
+    for name, log in runs.items():
+        for record in log:
+            for objective, term in record.get("objectives", {}).items():
+                if "loss" in term and math.isfinite(float(term["loss"])):
+                    add(f"{objective.replace('_', ' ')}, loss", name, record["step"], term["loss"])
+            for key, value in record.get("eval", {}).items():
+                if isinstance(value, float) and math.isfinite(value):
+                    add(f"held-out {key.replace('_', ' ')}", name, record["step"], value)
+    figure, axes = new_figure(max(1, len(curves)))
+    colors = dict(zip(runs, _cycle(len(runs)), strict=True))
+    for ax, (panel, lines) in zip(axes, curves.items(), strict=False):
+        for name, (steps, values) in lines.items():
+            rough = panel.endswith(", loss")
+            ax.plot(steps, smoothed(values) if rough else values, color=colors[name],
+                    linewidth=1.6, marker="" if rough else "o", markersize=3, label=name)
+        ax.set_title(panel, fontsize=10, color=INK, loc="left")
+        ax.set_xlabel("step", fontsize=9, color=INK)
+        ax.legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
+
+
 def draw_comparison(accuracies: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Every seed's held-out accuracy of each arm as a point, each arm's mean as a bar.
 

@@ -35,6 +35,7 @@ from lowp.hybrid.trainer import Outcome, Record, Trainer
 from lowp.key import clock, tensor_id
 from lowp.linear import Linear
 from lowp.optim import SGD, AdamW
+from lowp.report import Report, report
 
 # dataset ids: each order has random bits of its own
 LABELLED, UNLABELLED, VALIDATION = 0, 1, 2
@@ -220,6 +221,26 @@ def build(settings: config.Config) -> Experiment:
         "vocabulary": tokenizer.vocab_size, "most frequent class": evaluate.chance(),
     }
     return Experiment(settings, trainer, evaluate, tokenizer, facts, fingerprint(corpus))
+
+
+def inspect(folder: RunFolder) -> Report:
+    """What low precision does to every layer of a run, from its newest checkpoint's next batch.
+
+    Raises:
+        ResumeError, checkpoint.CheckpointError: the checkpoint cannot be read. ValueError: the run
+            has no checkpoint, no lowp layer, or no objective over labelled texts.
+    """
+    if not checkpoint.checkpoints(folder.checkpoints):
+        raise ValueError(f"{folder.path} holds no checkpoint yet")
+    experiment = build(folder.config)
+    experiment.load_state_dict(checkpoint.restore(folder.checkpoints).state)
+    trainer = experiment.trainer
+    term = next((t for t in trainer.objectives if t.stream == "labelled"), None)
+    if term is None:
+        raise ValueError(f"{folder.path}: expected an objective over labelled texts, got none")
+    trainer.model.train()
+    return report(trainer.model, trainer.labelled.next(), term.objective,
+                  optimizer=trainer.optimizer)
 
 
 def train(folder: RunFolder, watch: Callable[[Record], None] = lambda record: None,
