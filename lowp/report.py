@@ -192,7 +192,7 @@ def _cell(value: float) -> str:
 
 
 def _shade(column: str, value: float) -> float:
-    """0 (red) to 1 (green): SQNR from 20 to 50 dB, cosine from 0.9 to 1, parts from half to none."""
+    """0 (red) to 1 (green): SQNR 20 to 50 dB, cosine 0.9 to 1, a part of the elements 1/2 to 0."""
     if math.isnan(value):
         return value
     low, high = (20.0, 50.0) if column.startswith("SQNR") else \
