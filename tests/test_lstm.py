@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import lowp
+from lowp.hybrid import LSTMClassifier
 from lowp.key import clock
 from lowp.recurrence import last_rows, predecessors
 from tests.tensors import FLOATS, same_bits
@@ -155,6 +156,18 @@ def test_dropout_between_layers() -> None:
     assert not same_bits(layer(x)[0], layer(x)[0])
     layer.eval()
     assert same_bits(layer(x)[0], layer(x)[0])
+
+
+def test_compiles_around_the_recurrence() -> None:
+    layer, _ = pair("bf16")
+    compiled: Any = torch.compile(nn.Sequential(layer), backend="aot_eager")
+    x = torch.randn(6, 9, 48)
+    assert same_bits(compiled(x)[0], layer(x)[0])
+
+
+def test_the_hybrid_classifier_has_it() -> None:
+    assert type(LSTMClassifier(50, 2, precision="int8").lstm) is lowp.LSTM
+    assert type(LSTMClassifier(50, 2, baseline=True).lstm) is nn.LSTM
 
 
 def test_errors() -> None:

@@ -165,10 +165,8 @@ class GaLore(torch.optim.Optimizer):
         Returns:
             what the closure returned, or ``None``.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         assert self.inner is not None
         for (number, projected), inner in zip(self._places, self.inner.param_groups, strict=True):
             inner.update(_wrapped_options(self.param_groups[number], projected))
