@@ -30,7 +30,7 @@ class PlanEntry(NamedTuple):
 
 
 class Plan(list[PlanEntry]):
-    """The entries of every module that multiplies by a matrix of its own; prints as a table."""
+    """The entries of every module that holds a matrix of its own; prints as a table."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no linear layer found"
@@ -50,7 +50,7 @@ def _lowp_types() -> tuple[type[nn.Module], ...]:
 
 
 def _foreign(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
-    """Why a module that multiplies by a matrix of its own is not converted, and its shape.
+    """Why a module that holds a matrix of its own is not converted, and its shape.
 
     Embeddings, norms and convolutions are no such modules.
     """
@@ -64,7 +64,7 @@ def _foreign(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
         return None
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() in (2, 3):
-            return (f"{type(module).__name__} multiplies by its parameter {name!r} itself",
+            return (f"{type(module).__name__} holds {name!r} itself, outside any nn.Linear",
                     tuple(parameter.shape))
     return None
 

@@ -67,7 +67,7 @@ class Report:
         layers: in the order of the model.
         loss, loss_fp32: of the batch, with the model's recipes and with fp32 in their place.
         update: what the updates were taken from.
-        unmeasured: other modules that multiply by a matrix, with the reason.
+        unmeasured: other modules that hold a matrix, with the reason.
     """
 
     layers: list[LayerReport]

@@ -204,4 +204,4 @@ def test_plan_names_it() -> None:
     plan = lowp.plan(nn.Sequential(nn.LSTM(4, 8), nn.Embedding(5, 4), nn.Bilinear(3, 3, 2)))
     assert [(e.fqn, e.converts) for e in plan] == [("0", False), ("2", False)]
     assert "lowp.LSTM" in plan[0].reason and plan[0].shape == (32, 4)
-    assert "multiplies by its parameter 'weight'" in plan[1].reason
+    assert plan[1].reason == "Bilinear holds 'weight' itself, outside any nn.Linear"
