@@ -1,16 +1,17 @@
 """Accuracy, parameters and bytes of low-rank models, and of low-rank gradients, against the rank.
 
-    python -m benchmarks.low_rank [--steps 300] [--seeds 3]
+    python -m benchmarks.low_rank [--steps 200] [--seeds 3]
 
 A transformer encoder is trained on the docstrings of the running Python's standard library. At each
 rank its linear layers are factorized before training (``factors``), or the gradients of the whole
 matrices are projected (``galore``); products in fp32 or int8, with 8-bit states for int8. Writes
-results/low_rank.json and .png.
+results/low_rank.json and .png after every run; broken off, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from lowp.key import clock
 
 WIDTH, LENGTH, BATCH, RATE = 128, 40, 32, 1e-3
 RANKS = (4, 8, 16, 32)
+LABELS = ("method", "rank", "precision", "seed", "steps")
 OPTIONS = {"fp32": {"state_dtype": "fp32"}, "int8": {"state_dtype": "int8"}}
 
 
@@ -138,22 +140,27 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Run the grid and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     corpus = load_docstrings(labels_per_class=150, seed=0)
     texts = [text for text, _ in corpus.labelled] + corpus.unlabelled
     tokenizer = train_tokenizer(texts, 2000)
     grid = [("full", WIDTH), *((m, r) for m in ("factors", "galore") for r in RANKS)]
-    rows = []
+    path = RESULTS / "low_rank.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {tuple(row[key] for key in LABELS) for row in rows}
     for seed in range(arguments.seeds):
         for method, rank in grid:
             for precision in OPTIONS:
+                if (method, rank, precision, seed, arguments.steps) in done:
+                    continue
                 rows.append(train(corpus, tokenizer, method, rank, precision, arguments.steps,
                                   seed))
                 print(" ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    record("low_rank", rows)
-    draw(rows, RESULTS / "low_rank.png")
+                record("low_rank", rows)
+                draw([row for row in rows if row["steps"] == arguments.steps],
+                     path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
