@@ -4,9 +4,9 @@
 
 Writes ``results/optimizer_curves.json`` and ``.png``. The text is split in order, 90 % to train on.
 Activations and products are fp32 in every run: only the stored weights, gradients and states
-differ. Runs of one seed share initial weights and batches and are compared pairwise. Training
-amplifies any difference, also one that means nothing: the run "fp32, nudged" starts with every
-weight one ulp off.
+differ. Runs of one seed share initial weights and batches and are compared pairwise. The run "fp32,
+nudged" starts with every weight one ulp off: how far differences that mean nothing grow. The spread
+of fp32 over the seeds is what a choice of seed is worth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +209,12 @@ def train(variant: Variant, data: tuple[Tensor, Tensor, int], seed: int,
     return run
 
 
+def spread(found: list[dict[str, Any]]) -> float:
+    """Standard deviation of the final losses over the seeds, in percent of their mean."""
+    losses = [run["validation loss"] for run in found]
+    return 100 * stdev(losses) / mean(losses) if len(losses) > 1 else 0.0
+
+
 def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Each variant's final loss against that of fp32 with the same seed, in percent."""
     table = {}
@@ -219,6 +225,7 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
             "validation loss, mean": mean(run["validation loss"] for run in found),
             "over fp32 [%], by seed": percent, "over fp32 [%], mean": mean(percent),
             "within 0.5 % in every seed": all(abs(p) <= 0.5 for p in percent),
+            "standard deviation over seeds [%]": spread(found),
         }
     return table
 
