@@ -44,10 +44,15 @@ VARIANTS = {
     "fp32": Variant(torch.float32, {}),
     "fp32, nudged": Variant(torch.float32, {}, nudged=True),
     "fp32, int8 states": Variant(torch.float32, {"state_dtype": "int8"}),
+    "fp32, int8 states to nearest": Variant(
+        torch.float32, {"state_dtype": "int8", "state_rounding": "nearest"}),
     "bf16, stochastic": Variant(torch.bfloat16, {"rounding": "stochastic"}),
     "bf16, nearest": Variant(torch.bfloat16, {"rounding": "nearest"}),
     "bf16, stochastic, int8 states": Variant(
         torch.bfloat16, {"rounding": "stochastic", "state_dtype": "int8"}),
+    "bf16, stochastic, int8 states to nearest": Variant(
+        torch.bfloat16,
+        {"rounding": "stochastic", "state_dtype": "int8", "state_rounding": "nearest"}),
 }
 
 
@@ -186,7 +191,7 @@ def train(variant: Variant, data: tuple[Tensor, Tensor, int], seed: int,
     optimizer = AdamW(model.named_parameters(), lr=LEARNING_RATE, betas=BETAS,
                       weight_decay=WEIGHT_DECAY, seed=seed, **variant.options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
-    curve: dict[int, float] = {}
+    curve: dict[str, float] = {}
     for step, batch in enumerate(batches(ids, seed, steps), 1):
         optimizer.zero_grad()
         loss_of(model, *batch).backward()
@@ -194,13 +199,13 @@ def train(variant: Variant, data: tuple[Tensor, Tensor, int], seed: int,
         optimizer.step()
         scheduler.step()
         if step % EVALUATE_EVERY == 0 or step == steps:
-            curve[step] = validate(model, held_out)
+            curve[str(step)] = validate(model, held_out)
     params = list(model.parameters())
     numel = sum(p.numel() for p in params)
     stored = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items()
                  if isinstance(t, Tensor) and k != "step")
     run: dict[str, Any] = {
-        "seed": seed, "validation loss": curve[steps], "curve": curve,
+        "seed": seed, "validation loss": curve[str(steps)], "curve": curve,
         "weight bytes/param": sum(p.nbytes for p in params) / numel,
         "state bytes/param": stored / numel,
     }
@@ -240,14 +245,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for index, (name, found) in enumerate(runs.items()):
         steps = list(found[0]["curve"])
+        at = [int(s) for s in steps]
         color = f"C{index}"
         means = [mean(r["curve"][s] for r in found) for s in steps]
-        left.plot(steps, means, color=color, label=name)
+        left.plot(at, means, color=color, label=name)
         differences = [[100 * (r["curve"][s] / e["curve"][s] - 1) for s in steps]
                        for r, e in zip(found, runs["fp32"], strict=True)]
         for line in differences:
-            right.plot(steps, line, color=color, alpha=0.3, linewidth=0.8)
-        right.plot(steps, [mean(column) for column in zip(*differences, strict=True)], color=color)
+            right.plot(at, line, color=color, alpha=0.3, linewidth=0.8)
+        right.plot(at, [mean(column) for column in zip(*differences, strict=True)], color=color)
     left.set(xlabel="step", ylabel="validation loss [nats/character]")
     left.legend(fontsize=8)
     right.axhspan(-0.5, 0.5, color="0.9", zorder=0)
@@ -262,12 +268,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        help="run these, and keep the others of the results file")
     arguments = parser.parse_args()
     data = corpus(arguments.data)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    path = arguments.results / "optimizer_curves.json"
+    kept = json.loads(path.read_text())["runs"] if path.exists() else {}
+    runs: dict[str, list[dict[str, Any]]] = {
+        name: [] if name in arguments.only else kept[name] for name in VARIANTS}
     for seed in range(arguments.seeds):
-        for name, variant in VARIANTS.items():
-            run = train(variant, data, seed, arguments.steps)
+        for name in arguments.only:
+            run = train(VARIANTS[name], data, seed, arguments.steps)
             runs[name].append(run)
             print(f"seed {seed}  {name:32}{run['validation loss']:.4f}", flush=True)
     arguments.results.mkdir(exist_ok=True)
@@ -278,7 +289,6 @@ def main() -> None:
                     "weight_decay": WEIGHT_DECAY, "warmup": WARMUP, "clip": 1.0},
         "summary": compared(runs), "runs": runs,
     }
-    path = arguments.results / "optimizer_curves.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(runs, path.with_suffix(".png"))
 
