@@ -4,9 +4,9 @@
 
 Writes ``results/optimizer_curves.json`` and ``.png``. The text is split in order, 90 % to train on.
 Activations and products are fp32 in every run: only the stored weights, gradients and states
-differ. Runs of one seed share initial weights and batches and are compared pairwise. Training
-amplifies any difference, also one that means nothing: the run "fp32, nudged" starts with every
-weight one ulp off.
+differ. Runs of one seed share initial weights and batches and are compared pairwise. The run "fp32,
+nudged" starts with every weight one ulp off: how far differences that mean nothing grow. The spread
+of fp32 over the seeds is what a choice of seed is worth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +44,15 @@ VARIANTS = {
     "fp32": Variant(torch.float32, {}),
     "fp32, nudged": Variant(torch.float32, {}, nudged=True),
     "fp32, int8 states": Variant(torch.float32, {"state_dtype": "int8"}),
+    "fp32, int8 states to nearest": Variant(
+        torch.float32, {"state_dtype": "int8", "state_rounding": "nearest"}),
     "bf16, stochastic": Variant(torch.bfloat16, {"rounding": "stochastic"}),
     "bf16, nearest": Variant(torch.bfloat16, {"rounding": "nearest"}),
     "bf16, stochastic, int8 states": Variant(
         torch.bfloat16, {"rounding": "stochastic", "state_dtype": "int8"}),
+    "bf16, stochastic, int8 states to nearest": Variant(
+        torch.bfloat16,
+        {"rounding": "stochastic", "state_dtype": "int8", "state_rounding": "nearest"}),
 }
 
 
@@ -186,7 +191,7 @@ def train(variant: Variant, data: tuple[Tensor, Tensor, int], seed: int,
     optimizer = AdamW(model.named_parameters(), lr=LEARNING_RATE, betas=BETAS,
                       weight_decay=WEIGHT_DECAY, seed=seed, **variant.options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
-    curve: dict[int, float] = {}
+    curve: dict[str, float] = {}
     for step, batch in enumerate(batches(ids, seed, steps), 1):
         optimizer.zero_grad()
         loss_of(model, *batch).backward()
@@ -194,19 +199,25 @@ def train(variant: Variant, data: tuple[Tensor, Tensor, int], seed: int,
         optimizer.step()
         scheduler.step()
         if step % EVALUATE_EVERY == 0 or step == steps:
-            curve[step] = validate(model, held_out)
+            curve[str(step)] = validate(model, held_out)
     params = list(model.parameters())
     numel = sum(p.numel() for p in params)
     stored = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items()
                  if isinstance(t, Tensor) and k != "step")
     run: dict[str, Any] = {
-        "seed": seed, "validation loss": curve[steps], "curve": curve,
+        "seed": seed, "validation loss": curve[str(steps)], "curve": curve,
         "weight bytes/param": sum(p.nbytes for p in params) / numel,
         "state bytes/param": stored / numel,
     }
     if variant.dtype == torch.float32 and not variant.options and not variant.nudged:
         run["int8 codes of the final states"] = state_error(optimizer)
     return run
+
+
+def spread(found: list[dict[str, Any]]) -> float:
+    """Standard deviation of the final losses over the seeds, in percent of their mean."""
+    losses = [run["validation loss"] for run in found]
+    return 100 * stdev(losses) / mean(losses) if len(losses) > 1 else 0.0
 
 
 def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -219,6 +230,7 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]
             "validation loss, mean": mean(run["validation loss"] for run in found),
             "over fp32 [%], by seed": percent, "over fp32 [%], mean": mean(percent),
             "within 0.5 % in every seed": all(abs(p) <= 0.5 for p in percent),
+            "standard deviation over seeds [%]": spread(found),
         }
     return table
 
@@ -233,14 +245,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for index, (name, found) in enumerate(runs.items()):
         steps = list(found[0]["curve"])
+        at = [int(s) for s in steps]
         color = f"C{index}"
         means = [mean(r["curve"][s] for r in found) for s in steps]
-        left.plot(steps, means, color=color, label=name)
+        left.plot(at, means, color=color, label=name)
         differences = [[100 * (r["curve"][s] / e["curve"][s] - 1) for s in steps]
                        for r, e in zip(found, runs["fp32"], strict=True)]
         for line in differences:
-            right.plot(steps, line, color=color, alpha=0.3, linewidth=0.8)
-        right.plot(steps, [mean(column) for column in zip(*differences, strict=True)], color=color)
+            right.plot(at, line, color=color, alpha=0.3, linewidth=0.8)
+        right.plot(at, [mean(column) for column in zip(*differences, strict=True)], color=color)
     left.set(xlabel="step", ylabel="validation loss [nats/character]")
     left.legend(fontsize=8)
     right.axhspan(-0.5, 0.5, color="0.9", zorder=0)
@@ -255,12 +268,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        help="run these, and keep the others of the results file")
     arguments = parser.parse_args()
     data = corpus(arguments.data)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    path = arguments.results / "optimizer_curves.json"
+    kept = json.loads(path.read_text())["runs"] if path.exists() else {}
+    runs: dict[str, list[dict[str, Any]]] = {
+        name: [] if name in arguments.only else kept[name] for name in VARIANTS}
     for seed in range(arguments.seeds):
-        for name, variant in VARIANTS.items():
-            run = train(variant, data, seed, arguments.steps)
+        for name in arguments.only:
+            run = train(VARIANTS[name], data, seed, arguments.steps)
             runs[name].append(run)
             print(f"seed {seed}  {name:32}{run['validation loss']:.4f}", flush=True)
     arguments.results.mkdir(exist_ok=True)
@@ -271,7 +289,6 @@ def main() -> None:
                     "weight_decay": WEIGHT_DECAY, "warmup": WARMUP, "clip": 1.0},
         "summary": compared(runs), "runs": runs,
     }
-    path = arguments.results / "optimizer_curves.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(runs, path.with_suffix(".png"))
 

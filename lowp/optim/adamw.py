@@ -27,8 +27,9 @@ class AdamW(Adam):
             ``"fp16"``, ``"int8"`` or that ``torch.dtype``. int8 takes a byte an element and 4 a
             block of 256; it is for matrices and higher dimensions of at least 4096 elements in
             the whole, unsharded tensor (the others keep fp32).
-        state_rounding: of states that are not fp32; ``None``: 16-bit states as the weights (a
-            second moment rounded to nearest in bf16 stands still), 8-bit states to nearest.
+        state_rounding: of states that are not fp32; ``None``: as ``rounding``. A second moment
+            rounded to nearest stands still, as a step moves it by less than half a unit
+            (benchmarks/results/optimizer_curves.json has the losses of both).
         seed: of the draws; the same seed gives the same bits on any machine, number of threads and
             number of ranks.
         master: what is kept of the bits that a 16-bit weight lacks: ``None``; ``"remainder"``: of a

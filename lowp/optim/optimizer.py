@@ -223,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             key = share.param.device, any(k.endswith("_scale") for k in share.state)
             batch = batches.setdefault(key, Batch([], [], [], [], []))
-            drawn = "stochastic" in self._roundings(group, key[1])
+            drawn = "stochastic" in self._roundings(group)
             for piece in share.pieces(drawn and self.elementwise):
                 batch.params.append(piece.param)
                 batch.grads.append(piece.grad)
@@ -232,10 +232,10 @@ class Optimizer(torch.optim.Optimizer):
                 batch.owners.append(share.state)
         yield from batches.values()
 
-    def _roundings(self, group: dict[str, Any], coded: bool) -> tuple[str, str]:
+    def _roundings(self, group: dict[str, Any]) -> tuple[str, str]:
         """Of weights and of states."""
         rounding = group["rounding"]
-        return rounding, group["state_rounding"] or ("nearest" if coded else rounding)
+        return rounding, group["state_rounding"] or rounding
 
     def _is_rehearsal(self) -> bool:
         """Whether this first step is one that only makes the states.
@@ -294,8 +294,7 @@ class Optimizer(torch.optim.Optimizer):
         """Update this rank's shares of a group's parameters."""
         lr = torch.as_tensor(group["lr"], dtype=torch.float64)
         for batch in self._batches(group, shares):
-            coded = any(k.endswith("_scale") for k in batch.states[0])
-            self.update(group, batch, lr, self._roundings(group, coded), scaler)
+            self.update(group, batch, lr, self._roundings(group), scaler)
             for state, owner in zip(batch.states, batch.owners, strict=True):
                 if state is not owner:  # one of several runs, with a step of its own
                     owner["step"].copy_(state["step"])
