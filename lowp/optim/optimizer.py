@@ -98,7 +98,9 @@ class Optimizer(torch.optim.Optimizer):
         """``step`` and ``tensor`` of the group's parameter number ``index``."""
         names = group.get("param_names")
         key = tensor_id(names[index]) if names else group["positions"][index]
-        return {"step": torch.zeros((), dtype=torch.float32), "tensor": key}
+        p = group["params"][index]  # the CUDA kernels count on the device, so that nothing waits
+        step = torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else None)
+        return {"step": step, "tensor": key}
 
     def add_moment(self, state: dict[str, Any], key: str, p: Tensor, group: dict[str, Any],
                    codes: torch.dtype) -> None:
