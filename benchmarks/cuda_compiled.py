@@ -131,9 +131,8 @@ def collect() -> dict[str, Any]:
     return {"compiler": compiler, "flags": cuda_build.FLAGS, "kernels": kernels}
 
 
-def main() -> None:
-    """Write the table."""
-    found = collect()
+def record(found: dict[str, Any]) -> None:
+    """Write the table, a kernel a line."""
     RESULT.parent.mkdir(exist_ok=True)
     lines = [f' "{key}": {json.dumps(value)}' for key, value in found.items() if key != "kernels"]
     archs = []
@@ -142,6 +141,12 @@ def main() -> None:
         archs.append(f'  "{arch}": {{\n{inner}\n  }}')
     lines.append(' "kernels": {\n' + ",\n".join(archs) + "\n }")
     RESULT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> None:
+    """Build, read and write."""
+    found = collect()
+    record(found)
     total = sum(map(len, found["kernels"].values()))
     sys.stdout.write(f"{total} kernels in {RESULT}\n")
 
