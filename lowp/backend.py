@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -28,8 +29,27 @@ class BackendError(RuntimeError):
     """The backend that was asked for, or any but the reference under LOWP_STRICT=1, cannot run."""
 
 
+@functools.lru_cache(maxsize=1)
+def _cuda_device_reason(archs: str) -> str:
+    """Why the CUDA kernels, built for ``archs``, cannot run on what torch sees."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (no NVIDIA driver, or no GPU)"
+    too_old = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not (major >= 8 if "sm_80" in archs else (major, minor) == (9, 0)):
+            too_old.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    if too_old:
+        return f"the CUDA kernels were built for {archs}, which {', '.join(too_old)} cannot run"
+    return ""
+
+
 def _cuda_reason() -> str:
-    return "lowp was built without CUDA kernels"
+    if native.cuda is None:
+        return native.cuda_refusal
+    return _cuda_device_reason(native.cuda.archs)
 
 
 def _triton_reason() -> str:
@@ -112,8 +132,10 @@ def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
     if wanted is not None:
         if wanted not in implemented:
             raise BackendError(f"lowp::{op}: no {wanted} kernel; it has {', '.join(implemented)}")
-        if wanted == "cpu" and device.type != "cpu":
-            raise BackendError(f"lowp::{op}: backend 'cpu' was asked for a {device.type} tensor")
+        if wanted in ("cpu", "cuda") and device.type != wanted:
+            raise BackendError(
+                f"lowp::{op}: backend {wanted!r} was asked for a {device.type} tensor"
+            )
         return Choice(wanted, [])
     refused: list[tuple[str, str]] = []
     for name in ORDER.get(device.type, ("triton",)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
+from lowp.ops import device_table, update
 from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
 from lowp.reference import adamw as reference
 from lowp.reference.stores import Noise
@@ -154,6 +154,44 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Te
             ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
             torch.get_num_threads(), weight_decay if coupled else 0.0,
             weights.data_ptr() if masters else 0,
+        )
+    for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
+        if m.data_ptr() != work_m.data_ptr():
+            m.copy_(work_m)
+
+
+@adamw.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
+          exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
+          steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
+          maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
+          offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    maxima = [m.contiguous() for m in max_exp_avg_sqs]
+    rows, runs = [], []
+    with update.contiguous_params(params) as work:
+        for i, (p, m, v) in enumerate(zip(work, exp_avgs, exp_avg_sqs, strict=True)):
+            shape, state_type = device_table.matrix_of(p), update.STATE_TYPES[m.dtype]
+            rows.append(struct.pack(  # csrc/adamw.h: AdamWTensor
+                "<16q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
+                exp_avg_scales[i].data_ptr(), exp_avg_sq_scales[i].data_ptr(),
+                maxima[i].data_ptr() if maxima else 0, *shape, FLOATS[p.dtype],
+                FLOATS[grads[i].dtype], state_type, FLOATS[maxima[i].dtype] if maxima else 0, 0,
+                tensors[i], offsets[i],
+            ))
+            runs.append(device_table.runs_of(*shape, state_type))
+        table, _memory = device_table.upload(rows, counts.steps, runs, device)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (beta1, beta2), grad_scale,
+                                               found_inf)
+        extension.adamw(
+            place, clock, extension.AdamWTable(*table), 1 - beta1, 1 - beta2, eps, maximize,
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
         )
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():

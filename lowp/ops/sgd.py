@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
+from lowp.ops import device_table, update
 from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
 from lowp.reference import sgd as reference
 from lowp.reference.stores import Noise
@@ -127,4 +127,38 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
             update.inv_scale_of(grad_scale), nesterov, maximize, ROUNDINGS[rounding],
             ROUNDINGS[state_rounding], seed & (2**64 - 1), torch.get_num_threads(),
             weights.data_ptr() if masters else 0,
+        )
+
+
+@sgd.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum_scales: _Tensors,
+          steps: _Tensors, lr: Tensor, momentum: float, dampening: float, weight_decay: float,
+          nesterov: bool, maximize: bool, rounding: str, state_rounding: str, seed: int,
+          tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+          found_inf: Tensor | None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    rows, runs = [], []
+    with update.contiguous_params(params) as work:
+        for i, p in enumerate(work):
+            shape, state = device_table.matrix_of(p), (0, 0, 0)
+            if momentum_buffers:
+                buffer = momentum_buffers[i]
+                state = (buffer.data_ptr(), momentum_scales[i].data_ptr(),
+                         update.STATE_TYPES[buffer.dtype])
+            rows.append(struct.pack(  # csrc/sgd.h: SgdTensor
+                "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *shape, FLOATS[p.dtype],
+                FLOATS[grads[i].dtype], state[2], 0, tensors[i], offsets[i],
+            ))
+            runs.append(device_table.runs_of(*shape, state[2]))
+        table, _memory = device_table.upload(rows, counts.steps, runs, device)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
+        extension.sgd(
+            place, clock, extension.SgdTable(*table), momentum, 1 - dampening, weight_decay,
+            nesterov, maximize, ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
         )

@@ -140,7 +140,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def new_state(self, group: dict[str, Any], index: int) -> dict[str, Any]:
         """What the state of a parameter begins with; its id is added to it."""
-        return {"step": torch.zeros((), dtype=torch.float32)}
+        p = group["params"][index]  # the CUDA kernels count on the device, so that nothing waits
+        device = p.device if p.is_cuda else None
+        return {"step": torch.zeros((), dtype=torch.float32, device=device)}
 
     def add_moment(self, state: dict[str, Any], key: str, p: Tensor, group: dict[str, Any],
                    codes: torch.dtype) -> None:
