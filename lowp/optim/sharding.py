@@ -54,7 +54,8 @@ def whole(x: Any) -> Any:
     if not is_sharded(x):
         return x
     if x.dtype == torch.int16:  # which gloo does not gather
-        return like(x, x.to_local().view(torch.bfloat16), x.shape).full_tensor().view(torch.int16)
+        bits: Any = like(x, x.to_local().view(torch.bfloat16), x.shape)
+        return bits.full_tensor().view(torch.int16)
     return x.full_tensor()
 
 
