@@ -86,7 +86,7 @@ def test_weights_follow_the_recipe_unless_given(linear: str, weights: str) -> No
     ({"precision": "int8"}, "^precision: .*got 'int8'$"),
     ({"model": {"kind": "transformer", "width": 10, "heads": 4}}, "^model: heads must divide"),
     ({"model": {"dropout": 1.0}}, r"^model\.dropout: .*less than 1, got 1.0$"),
-    ({"model": {"bidirectional": True}}, "seen the next token"),
+    ({"model": {"kind": "lstm", "bidirectional": True}}, "seen the next token"),
     ({"data": {"path": "a", "dataset": "b"}}, "^data: expected path or dataset, got both$"),
     ({"data": {"heldout": "b"}}, "^data: heldout needs path"),
     ({"seed": 2**63}, "^seed: "),
