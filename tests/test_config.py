@@ -38,7 +38,7 @@ def test_the_hybrid_example_of_every_kind_resolves() -> None:
     kinds = [{"kind": kind} for kind in (
         "supervised", "language_model", "span_corruption", "denoising", "contrastive",
         "pseudo_label", "consistency", "uda", "mean_teacher", "virtual_adversarial", "entropy")]
-    settings = resolve({"objectives": kinds})
+    settings = resolve({"objectives": kinds, "model": {"kind": "lstm"}})
     weights = {o.kind: o.weight for o in settings.objectives}
     assert weights["entropy"] == 0.06 and weights["mean_teacher"].end == 10.0
     assert resolve(yaml.safe_load(settings.to_yaml())) == settings
@@ -86,7 +86,7 @@ def test_weights_follow_the_recipe_unless_given(linear: str, weights: str) -> No
     ({"precision": "int8"}, "^precision: .*got 'int8'$"),
     ({"model": {"kind": "transformer", "width": 10, "heads": 4}}, "^model: heads must divide"),
     ({"model": {"dropout": 1.0}}, r"^model\.dropout: .*less than 1, got 1.0$"),
-    ({"model": {"bidirectional": True}}, "seen the next token"),
+    ({"model": {"kind": "lstm", "bidirectional": True}}, "seen the next token"),
     ({"data": {"path": "a", "dataset": "b"}}, "^data: expected path or dataset, got both$"),
     ({"data": {"heldout": "b"}}, "^data: heldout needs path"),
     ({"seed": 2**63}, "^seed: "),
@@ -113,7 +113,8 @@ def test_weights_follow_the_recipe_unless_given(linear: str, weights: str) -> No
      r"^objectives\[0\]\.weight\.ende: unknown key; did you mean 'end'\?$"),
     ({"objectives": [{"kind": "denoising"}], "model": {"kind": "transformer"}},
      r"model\.kind must be lstm for the objective denoising"),
-    ({"objectives": [{"kind": "span_corruption"}], "model": {"bidirectional": True}},
+    ({"objectives": [{"kind": "span_corruption"}],
+      "model": {"kind": "lstm", "bidirectional": True}},
      "false for the objective span_corruption"),
     ({"compile": "fast"}, "^compile: .*'inductor'.*got 'fast'$"),
     ({"steps": 0, "sed": 1}, r"(?s)steps: .*sed: unknown key; did you mean 'seed'"),
