@@ -27,6 +27,7 @@ from tests import (
     test_scaled_mm,
 )
 from tests.tensors import FLOATS, random_bits, special_values
+from tests.updates import assert_equal
 
 UPDATES = ("adamw", "sgd")
 ROUNDINGS = ("nearest", "stochastic")
@@ -124,7 +125,7 @@ def test_many_tensors_in_one_launch(grids: None) -> None:
         params = [torch.randn(shape).bfloat16() for shape in shapes]
         case = make(params, [torch.randn(p.shape) for p in params], "int8",
                     grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0))
-        after = test_optim_ops.assert_equal(op, case)
+        after = assert_equal(op, case)
         assert [s.item() for s in after["steps"]] == [i + 1 for i in range(len(params))], name
 
 
