@@ -19,26 +19,24 @@ SHAPES = ((32, 512, 512), (512, 512, 512), (512, 3072, 768), (2048, 1024, 1024))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.parametrize("activation", ("none", "gelu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_forward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+def test_forward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int,
+                 activation: str) -> None:
     """act(x wᵀ + b): fused, against F.linear and the activation after it."""
     x, w, b = (t.to(dtype) for t in (torch.randn(m, k), torch.randn(n, k), torch.randn(n)))
     y = linear(x, w, b, "none", dtype, False)[0].double()
     exact = x.double() @ w.double().t() + b.double()
     assert ((y - exact).abs() <= product_bound(x, w, b, dtype)).all()
-    for activation in ("none", "gelu"):
-        def plain(activation: str = activation) -> object:
-            z = functional.linear(x, w, b)
-            return z if activation == "none" else functional.gelu(z)
 
-        candidates = {
-            "lowp": lambda activation=activation: linear(x, w, b, activation, dtype, False),
-            "torch": plain,
-        }
-        labels = {"op": "linear", "activation": activation, "dtype": str(dtype), "M": m, "N": n,
-                  "K": k}
-        compare(labels, candidates, "lowp")
+    def plain() -> object:
+        z = functional.linear(x, w, b)
+        return z if activation == "none" else functional.gelu(z)
+
+    candidates = {"lowp": lambda: linear(x, w, b, activation, dtype, False), "torch": plain}
+    labels = {"op": "linear", "activation": activation, "dtype": str(dtype), "M": m, "N": n, "K": k}
+    compare(labels, candidates, "lowp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

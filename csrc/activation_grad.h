@@ -6,13 +6,13 @@
 namespace lowp {
 
 struct ActivationGradArgs {
-  const void* dy;       // [numel], contiguous
+  const void* dy;  // [numel], contiguous
   Float dy_type;
-  const void* preact;   // [numel], what the activation was applied to
+  const void* preact;  // [numel], what the activation was applied to
   Float preact_type;
   int64_t numel;
   Activation activation;
-  void* dz;             // [numel], dy's type
+  void* dz;  // [numel], dy's type
   int threads;
 };
 

@@ -8,32 +8,33 @@ namespace lowp {
 
 enum class State : int { fp32 = 0, bf16 = 1, fp16 = 2, codes = 3 };  // the first three as Float
 
-// One tensor as a row of the table that Python fills: 64-bit words, then its floats in another table.
+// One tensor as a row of the table that Python fills: 64-bit words, then its floats in another
+// table.
 struct AdamWTensor {
-  void* param;             // [rows, cols], contiguous, like all below
+  void* param;  // [rows, cols], contiguous, like all below
   const void* grad;
-  void* exp_avg;           // floats, or int8 codes with one scale a block of 256 along cols
-  void* exp_avg_sq;        // floats, or uint8 codes of its square root, alike
-  float* exp_avg_scale;    // [rows, ceil(cols / 256)] or null
+  void* exp_avg;         // floats, or int8 codes with one scale a block of 256 along cols
+  void* exp_avg_sq;      // floats, or uint8 codes of its square root, alike
+  float* exp_avg_scale;  // [rows, ceil(cols / 256)] or null
   float* exp_avg_sq_scale;
-  void* max_exp_avg_sq;    // floats, or null without amsgrad
+  void* max_exp_avg_sq;  // floats, or null without amsgrad
   int64_t rows, cols;
   int64_t param_type, grad_type, state_type, max_type;
-  int64_t step;            // of the draws
-  int64_t id;              // of the draws
-  int64_t offset;          // global index of the first element
+  int64_t step;    // of the draws
+  int64_t id;      // of the draws
+  int64_t offset;  // global index of the first element
 };
 
-struct AdamWScalars {      // one a tensor, as steps may differ
-  float step_size;         // lr / (1 - beta1^step)
-  float inv_sqrt_bc2;      // 1 / sqrt(1 - beta2^step)
+struct AdamWScalars {  // one a tensor, as steps may differ
+  float step_size;     // lr / (1 - beta1^step)
+  float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^step)
 };
 
 // What a 16-bit weight lacks, kept beside it.
 enum class Master : int { none = 0, remainder = 1, kahan = 2 };
 
 struct MasterWeight {
-  void* data;              // like the param: its 16 low bits, or in its type what its rounding lost
+  void* data;  // like the param: its 16 low bits, or in its type what its rounding lost
   int64_t kind;
 };
 

@@ -5,10 +5,10 @@
 namespace lowp {
 
 struct BiasGradArgs {
-  const void* dy;       // [M, N], contiguous
+  const void* dy;  // [M, N], contiguous
   Float dy_type;
   int64_t M, N;
-  float* db;            // [N]: over M in fp32, in an order that M alone decides
+  float* db;  // [N]: over M in fp32, in an order that M alone decides
   int threads;
 };
 

@@ -53,16 +53,15 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
                        uintptr_t preact, int preact_type) {
         return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
-                        pointer<void>(y), Float(y_type), pointer<void>(preact),
+                        pointer<void>(y),          Float(y_type),    pointer<void>(preact),
                         Float(preact_type)};
       }));
 
   m.def(
       "product",
       [](const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
-         const Epilogue& epilogue, int threads) {
-        cpu::product({a, b, M, N, K, epilogue, threads});
-      },
+         const Epilogue& epilogue,
+         int threads) { cpu::product({a, b, M, N, K, epilogue, threads}); },
       Release());
 
   m.def(
@@ -88,7 +87,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "bias_grad",
       [](uintptr_t dy, int dy_type, int64_t M, int64_t N, uintptr_t db, int threads) {
-        cpu::bias_grad({pointer<const void>(dy), Float(dy_type), M, N, pointer<float>(db), threads});
+        cpu::bias_grad(
+            {pointer<const void>(dy), Float(dy_type), M, N, pointer<float>(db), threads});
       },
       Release());
 
@@ -96,9 +96,9 @@ PYBIND11_MODULE(_cpu, m) {
       "activation_grad",
       [](uintptr_t dy, int dy_type, uintptr_t preact, int preact_type, int64_t numel,
          int activation, uintptr_t dz, int threads) {
-        cpu::activation_grad({pointer<const void>(dy), Float(dy_type),
-                              pointer<const void>(preact), Float(preact_type), numel,
-                              Activation(activation), pointer<void>(dz), threads});
+        cpu::activation_grad({pointer<const void>(dy), Float(dy_type), pointer<const void>(preact),
+                              Float(preact_type), numel, Activation(activation), pointer<void>(dz),
+                              threads});
       },
       Release());
 
@@ -206,16 +206,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "accumulate",
       [](uintptr_t tensors, int64_t count, int rounding, uint64_t seed, int threads) {
-        cpu::accumulate({pointer<const AccumulateTensor>(tensors), count, Rounding(rounding), seed,
-                         threads});
+        cpu::accumulate(
+            {pointer<const AccumulateTensor>(tensors), count, Rounding(rounding), seed, threads});
       },
       Release());
 
   m.def(
       "square_sums",
       [](uintptr_t tensors, int64_t count, uintptr_t sums, int threads) {
-        cpu::square_sums({pointer<const FloatTensor>(tensors), count, pointer<double>(sums),
-                          threads});
+        cpu::square_sums(
+            {pointer<const FloatTensor>(tensors), count, pointer<double>(sums), threads});
       },
       Release());
 }

@@ -5,12 +5,12 @@
 namespace lowp {
 
 struct DequantizeArgs {
-  const int8_t* codes;      // [rows, cols], contiguous
-  const float* scale;       // tensor [1], row [rows], column [cols], block [rows, ceil(cols/block)]
+  const int8_t* codes;  // [rows, cols], contiguous
+  const float* scale;   // tensor [1], row [rows], column [cols], block [rows, ceil(cols/block)]
   int64_t rows, cols;
   Granularity granularity;
-  int64_t block;            // elements, for Granularity::block
-  void* y;                  // [rows, cols]
+  int64_t block;  // elements, for Granularity::block
+  void* y;        // [rows, cols]
   Float y_type;
   int threads;
 };

@@ -1,4 +1,5 @@
-// Which instruction set the kernels run with: CPUID decides, LOWP_CPU_ISA and set_isa() can lower it.
+// Which instruction set the kernels run with: CPUID decides, LOWP_CPU_ISA and set_isa() can lower
+// it.
 #include <cpuid.h>
 #include <pthread.h>
 #include <stdlib.h>

@@ -15,25 +15,25 @@ struct Operand {
 
 // What follows the sum: y = round(activate(sum + bias)), all in fp32.
 struct Epilogue {
-  const void* bias;     // [N] or null
+  const void* bias;  // [N] or null
   Float bias_type;
   Activation activation;
-  void* y;              // [M, N], contiguous
+  void* y;  // [M, N], contiguous
   Float y_type;
-  void* preact;         // [M, N]: sum + bias before the activation, or null
+  void* preact;  // [M, N]: sum + bias before the activation, or null
   Float preact_type;
 };
 
 struct ProductArgs {
-  Operand a;            // [M, K]
-  Operand b;            // [N, K]
+  Operand a;  // [M, K]
+  Operand b;  // [N, K]
   int64_t M, N, K;
   Epilogue epilogue;
   int threads;
 };
 
 struct EpilogueArgs {
-  const float* sums;    // [M, N], contiguous; y may be the same memory if it is fp32
+  const float* sums;  // [M, N], contiguous; y may be the same memory if it is fp32
   int64_t M, N;
   Epilogue epilogue;
   int threads;

@@ -18,7 +18,7 @@ struct MuonStepArgs {
   const SgdTensor* tensors;  // [count]; grad: the orthogonal matrix, of any float type
   const float* rates;        // [count], lr by the matrix's shape
   int64_t count;
-  float decay;               // 1 - lr * weight_decay
+  float decay;  // 1 - lr * weight_decay
   Rounding rounding;
   uint64_t seed;
   int threads;

@@ -5,15 +5,15 @@
 namespace lowp {
 
 struct SgdTensor {
-  void* param;             // [rows, cols], contiguous, like all below
+  void* param;  // [rows, cols], contiguous, like all below
   const void* grad;
-  void* momentum;          // floats, or int8 codes with one scale a block of 256 along cols; or null
-  float* momentum_scale;   // [rows, ceil(cols / 256)] or null
+  void* momentum;         // floats, or int8 codes with one scale a block of 256 along cols; or null
+  float* momentum_scale;  // [rows, ceil(cols / 256)] or null
   int64_t rows, cols;
   int64_t param_type, grad_type, state_type;
-  int64_t step;            // of the draws; at 1 the momentum starts as the gradient
-  int64_t id;              // of the draws
-  int64_t offset;          // global index of the first element
+  int64_t step;    // of the draws; at 1 the momentum starts as the gradient
+  int64_t id;      // of the draws
+  int64_t offset;  // global index of the first element
 };
 
 struct SgdArgs {

@@ -12,7 +12,7 @@ struct FloatTensor {
 struct SquareSumsArgs {
   const FloatTensor* tensors;  // [count]
   int64_t count;
-  double* sums;                // [count]
+  double* sums;  // [count]
   int threads;
 };
 

@@ -25,11 +25,16 @@ void run(const ActivationGradArgs& a) {
 
 void activation_grad(const ActivationGradArgs& a) {
   switch (a.activation) {
-    case Activation::relu: return run<Activation::relu>(a);
-    case Activation::gelu: return run<Activation::gelu>(a);
-    case Activation::gelu_tanh: return run<Activation::gelu_tanh>(a);
-    case Activation::silu: return run<Activation::silu>(a);
-    default: return run<Activation::none>(a);
+    case Activation::relu:
+      return run<Activation::relu>(a);
+    case Activation::gelu:
+      return run<Activation::gelu>(a);
+    case Activation::gelu_tanh:
+      return run<Activation::gelu_tanh>(a);
+    case Activation::silu:
+      return run<Activation::silu>(a);
+    default:
+      return run<Activation::none>(a);
   }
 }
 

@@ -15,17 +15,21 @@ namespace {
 class Update {
  public:
   Update(const AdafactorArgs& a, int64_t index)
-      : a_(a), t_(a.tensors[index]), scalars_(a.scalars[index]),
-        master_(master_of(a.masters, index)), numel_(t_.batch * t_.rows * t_.cols),
+      : a_(a),
+        t_(a.tensors[index]),
+        scalars_(a.scalars[index]),
+        master_(master_of(a.masters, index)),
+        numel_(t_.batch * t_.rows * t_.cols),
         sums_(static_cast<size_t>(runs_of(1, numel_, false))) {}
 
   void run() {
     const double size = static_cast<double>(numel_);
     const double rms = sqrt(sum_runs([&](const Run& r) {
-      float p[kRun];
-      load_weight(t_.param, t_.param_type, master_, r, p);
-      return square_sum(p, r.n);
-    })) / sqrt(size);
+                         float p[kRun];
+                         load_weight(t_.param, t_.param_type, master_, r, p);
+                         return square_sum(p, r.n);
+                       })) /
+                       sqrt(size);
     const double alpha = (rms > a_.eps2 ? rms : a_.eps2) * scalars_.rate;
     if (t_.variance == nullptr) {
       rows();

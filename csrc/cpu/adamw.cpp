@@ -8,8 +8,8 @@ namespace {
 
 // Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2: with a
 // coupled decay Adam, else AdamW.
-// Scalars are taken by value: behind a reference they could alias what is written, and the loop would not
-// become a vector loop. v_max is only touched with kAmsgrad.
+// Scalars are taken by value: behind a reference they could alias what is written, and the loop
+// would not become a vector loop. v_max is only touched with kAmsgrad.
 template <bool kAmsgrad>
 void update(const AdamWArgs a, const AdamWScalars s, const float* g, float* p, float* m, float* v,
             float* v_max, int n) {

@@ -1,5 +1,5 @@
-// AMX: tiles of 16 x 64 bytes. A column of register tiles at a time, 32 x 32 sums in four tile registers.
-// Compiled in the AVX-512 translation units, run where cpu::isa() says amx.
+// AMX: tiles of 16 x 64 bytes. A column of register tiles at a time, 32 x 32 sums in four tile
+// registers. Compiled in the AVX-512 translation units, run where cpu::isa() says amx.
 #pragma once
 #include "cpu/panels.h"
 
@@ -27,8 +27,8 @@ struct AmxInt {  // int8 quads, int32 sums
   }
 };
 
-// All eight tile registers as 16 rows of 64 bytes. Static, because GCC believes that ldtilecfg reads 8
-// bytes only and would drop the writes to the rest of a local one.
+// All eight tile registers as 16 rows of 64 bytes. Static, because GCC believes that ldtilecfg
+// reads 8 bytes only and would drop the writes to the rest of a local one.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -41,8 +41,8 @@ static LOWP_AMX inline void amx_begin() { _tile_loadconfig(&kTileConfig); }
 
 static LOWP_AMX inline void amx_end() { _tile_release(); }
 
-// sums[rows][kCols] (+)= a [rows][units] * b [units][kCols], in squares of 32; rows of a beyond the last
-// are multiplied too and their sums never read.
+// sums[rows][kCols] (+)= a [rows][units] * b [units][kCols], in squares of 32; rows of a beyond the
+// last are multiplied too and their sums never read.
 template <class Step>
 static LOWP_AMX void amx_multiply_column(const float* a, const float* b, int rows, int units,
                                          bool first, float* sums) {

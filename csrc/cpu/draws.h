@@ -1,5 +1,6 @@
-// The draws of runs of elements: Philox by vectors of 64-bit lanes, whose multiplication of low halves
-// is just the one that a round needs. Included inside every instruction set's translation unit.
+// The draws of runs of elements: Philox by vectors of 64-bit lanes, whose multiplication of low
+// halves is just the one that a round needs. Included inside every instruction set's translation
+// unit.
 #pragma once
 #include <immintrin.h>
 

@@ -1,6 +1,6 @@
-// A product of float operands, the epilogue on a block of sums while it is in cache. fp16 and fp32 are
-// multiplied as fp32, so fp16 runs at the speed of fp32 on any machine; bf16 by the CPU's own bf16
-// instructions where it has them (they take subnormal operands for 0).
+// A product of float operands, the epilogue on a block of sums while it is in cache. fp16 and fp32
+// are multiplied as fp32, so fp16 runs at the speed of fp32 on any machine; bf16 by the CPU's own
+// bf16 instructions where it has them (they take subnormal operands for 0).
 #include "linear.h"
 
 #include "cpu/amx.h"
@@ -90,16 +90,16 @@ void product(const ProductArgs& p) {
 void linear_epilogue(const EpilogueArgs& a) {
   parallel_for(a.M, a.N > 4096 ? 1 : 4096 / (a.N + 1) + 1, a.threads,
                [&](int64_t begin, int64_t end) {
-    float z[kRun];
-    for (int64_t m = begin; m < end; ++m) {
-      for (int64_t n = 0; n < a.N; n += kRun) {
-        const int cols = at_most(a.N - n, kRun);
-        load_floats(a.sums, Float::fp32, m * a.N + n, cols, z);
-        add_bias(a.epilogue, n, cols, z);
-        finish_run(z, cols, a.epilogue, m * a.N + n);
-      }
-    }
-  });
+                 float z[kRun];
+                 for (int64_t m = begin; m < end; ++m) {
+                   for (int64_t n = 0; n < a.N; n += kRun) {
+                     const int cols = at_most(a.N - n, kRun);
+                     load_floats(a.sums, Float::fp32, m * a.N + n, cols, z);
+                     add_bias(a.epilogue, n, cols, z);
+                     finish_run(z, cols, a.epilogue, m * a.N + n);
+                   }
+                 }
+               });
 }
 
 }  // namespace LOWP_ISA

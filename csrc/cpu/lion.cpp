@@ -8,8 +8,8 @@ namespace {
 
 // Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023, algorithm 2.
 // Scalars are values, so that the loop becomes a vector loop; a NaN keeps itself as its sign.
-void update(const LionArgs a, const float* __restrict g, float* __restrict p,
-            float* __restrict m, int n) {
+void update(const LionArgs a, const float* __restrict g, float* __restrict p, float* __restrict m,
+            int n) {
   const float sign = a.maximize ? -a.inv_scale : a.inv_scale;
   for (int i = 0; i < n; ++i) {
     const float grad = g[i] * sign;
@@ -36,8 +36,8 @@ void lion(const LionArgs& a) {
 
     RunDraws draws(a.seed, t, r);
     store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
-    store_signed(m, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r,
-                 t.momentum, t.momentum_scale);
+    store_signed(m, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r, t.momentum,
+                 t.momentum_scale);
   });
 }
 

@@ -1,9 +1,10 @@
-// Products by panels: blocks of both operands are packed as 32-bit units along the summed dimension (one
-// fp32, two bf16 or int16, four int8 values), and multiplied in register tiles. What a unit holds and
-// how two are multiplied is the parameter Math:
+// Products by panels: blocks of both operands are packed as 32-bit units along the summed dimension
+// (one fp32, two bf16 or int16, four int8 values), and multiplied in register tiles. What a unit
+// holds and how two are multiplied is the parameter Math:
 //   kValues                             values a unit
 //   pack_row(x, at, values, out)        x[at .. at+values) -> units, the last one filled with zeros
-//   pack_across(x, at, stride, rows, values, out)   one unit of each of `rows` adjacent rows, of which
+//   pack_across(x, at, stride, rows, values, out)   one unit of each of `rows` adjacent rows, of
+//   which
 //                                       value v lies at x[at + v * stride + row]
 //   prepare_a(row, units)               what only the left side needs
 //   Sum, zero, load_sum, store_sum, add, multiply_add(units of a, units of b, sum)
@@ -32,8 +33,9 @@ constexpr int kBlockM = 168;
 #endif
 constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockN = 256;
-constexpr int kDepth = 256;               // units
-constexpr int kRowPad = kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
+constexpr int kDepth = 256;  // units
+constexpr int kRowPad =
+    kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
 static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols == 0,
               "blocks hold whole tiles");
 
@@ -47,7 +49,9 @@ struct alignas(64) Panels {
 };
 static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
 
-static inline int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
+static inline int at_most(int64_t n, int64_t limit) {
+  return static_cast<int>(n < limit ? n : limit);
+}
 
 // n cut into equal pieces of at most `limit`, each but the last a multiple of `tile`.
 static inline int64_t even_block(int64_t n, int64_t limit, int64_t tile) {
@@ -127,8 +131,9 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   }
 }
 
-// sums[kRows][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The product of
-// a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with K.
+// sums[kRows][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
+// product of a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with
+// K.
 template <class Math>
 static void multiply_tile(const float* a, const float* b, int units, bool first, float* sums) {
   typename Math::Sum acc[kRows][kVecs];

@@ -164,17 +164,21 @@ void encode_tile(const QuantizeRowColArgs& a, int64_t r0, int rows, int64_t c0, 
 
 void quantize(const QuantizeArgs& a) {
   switch (a.granularity) {
-    case Granularity::tensor: return quantize_tensor(a);
-    case Granularity::column: return quantize_columns(a);
-    default: return quantize_rows(a);
+    case Granularity::tensor:
+      return quantize_tensor(a);
+    case Granularity::column:
+      return quantize_columns(a);
+    default:
+      return quantize_rows(a);
   }
 }
 
 // Columns are shared out in the outer loop and rows are walked in tiles, so a stripe of x is read
 // for its amax and again, from cache where it fits, for its codes.
 void quantize_row_col(const QuantizeRowColArgs& a) {
-  const QuantizeArgs by_row{a.x,       a.x_type, a.rows,   a.cols,      Granularity::row, 0,
-                            a.rounding, a.row_key, a.offset, a.row_codes, a.row_scale,    a.threads};
+  const QuantizeArgs by_row{a.x,         a.x_type,   a.rows,    a.cols,   Granularity::row,
+                            0,           a.rounding, a.row_key, a.offset, a.row_codes,
+                            a.row_scale, a.threads};
   quantize_rows(by_row);
   parallel_for(a.cols, kTileCols, a.threads, [&](int64_t begin, int64_t end) {
     float values[kTileCols], inv_scale[kTileCols];

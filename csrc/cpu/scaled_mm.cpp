@@ -10,7 +10,8 @@ namespace LOWP_ISA {
 namespace {
 
 #if defined(__AVX512VNNI__)
-// vpdpbusd wants its left side unsigned: a + 128, whose surplus of 128 sum(b) is taken off at the end.
+// vpdpbusd wants its left side unsigned: a + 128, whose surplus of 128 sum(b) is taken off at the
+// end.
 struct Int8Math {
   using Sum = __m512i;
   static constexpr int kValues = 4;
@@ -117,20 +118,22 @@ void scaled_mm(const ScaledMmArgs& p) {
   const Operand b{p.b, Float::fp32, p.b_row_stride, p.b_k_stride};
   multiply<Int8Math>(a, b, p.M, p.N, p.K, p.threads,
                      [&](int64_t m, int rows, int64_t n, int cols, Panels& panels) {
-    float col_scale[kBlockN];
-    for (int j = 0; j < cols; ++j) col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
-    for (int r = 0; r < rows; ++r) {
-      float* z = panels.sums + r * kBlockN;
-      const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
-      for (int j = 0; j < cols; ++j) {
-        const uint32_t surplus = uint32_t{Int8Math::kSurplus} * uint32_t(panels.offsets[j]);
-        const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - surplus);
-        z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j];
-      }
-      add_bias(p.epilogue, n, cols, z);
-      finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
-    }
-  });
+                       float col_scale[kBlockN];
+                       for (int j = 0; j < cols; ++j)
+                         col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
+                       for (int r = 0; r < rows; ++r) {
+                         float* z = panels.sums + r * kBlockN;
+                         const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
+                         for (int j = 0; j < cols; ++j) {
+                           const uint32_t surplus =
+                               uint32_t{Int8Math::kSurplus} * uint32_t(panels.offsets[j]);
+                           const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - surplus);
+                           z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j];
+                         }
+                         add_bias(p.epilogue, n, cols, z);
+                         finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
+                       }
+                     });
 }
 
 }  // namespace LOWP_ISA

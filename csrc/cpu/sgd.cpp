@@ -6,9 +6,9 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-// Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, with
-// the momentum as torch defines it. buf: null without momentum.
-// Options are template parameters and scalars values, so that the loop becomes a vector loop.
+// Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
+// with the momentum as torch defines it. buf: null without momentum. Options are template
+// parameters and scalars values, so that the loop becomes a vector loop.
 template <bool kMomentum, bool kNesterov>
 void update(const SgdArgs a, bool first, const float* __restrict g, float* __restrict p,
             float* __restrict buf, int n) {
@@ -49,8 +49,8 @@ void sgd(const SgdArgs& a) {
     RunDraws draws(a.seed, t, r);
     store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
     if (momentum) {
-      store_signed(buf, draws.of(a.state_rounding, 1, t.state_type),
-                   t.state_type, r, t.momentum, t.momentum_scale);
+      store_signed(buf, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r, t.momentum,
+                   t.momentum_scale);
     }
   });
 }

@@ -69,8 +69,7 @@ template <class Tensor, class Body>
 static inline void for_each_run(const Tensor* tensors, int64_t count, int threads,
                                 const Body& body) {
   const auto shape_of = [&](int64_t t) {
-    return Shape{tensors[t].rows, tensors[t].cols,
-                 tensors[t].state_type == int64_t(State::codes)};
+    return Shape{tensors[t].rows, tensors[t].cols, tensors[t].state_type == int64_t(State::codes)};
   };
   for_each_run_of(count, shape_of, threads, body);
 }

@@ -1,5 +1,5 @@
-// One vector register of 32-bit values and the few operations that a product needs, for the instruction
-// set that the translation unit is compiled for.
+// One vector register of 32-bit values and the few operations that a product needs, for the
+// instruction set that the translation unit is compiled for.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -62,8 +62,7 @@ static inline void transpose_square(const float* in, int64_t in_stride, float* o
     _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88));
     _mm512_storeu_ps(out + (j + 4) * out_stride, _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0x88));
     _mm512_storeu_ps(out + (j + 8) * out_stride, _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD));
-    _mm512_storeu_ps(out + (j + 12) * out_stride,
-                     _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xDD));
+    _mm512_storeu_ps(out + (j + 12) * out_stride, _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xDD));
   }
 }
 #else

@@ -41,11 +41,16 @@ void run(const Place& place, const ActivationGradArgs& a) {
 
 void activation_grad(const Place& place, const ActivationGradArgs& a) {
   switch (a.activation) {
-    case Activation::relu: return run<Activation::relu>(place, a);
-    case Activation::gelu: return run<Activation::gelu>(place, a);
-    case Activation::gelu_tanh: return run<Activation::gelu_tanh>(place, a);
-    case Activation::silu: return run<Activation::silu>(place, a);
-    default: return run<Activation::none>(place, a);
+    case Activation::relu:
+      return run<Activation::relu>(place, a);
+    case Activation::gelu:
+      return run<Activation::gelu>(place, a);
+    case Activation::gelu_tanh:
+      return run<Activation::gelu_tanh>(place, a);
+    case Activation::silu:
+      return run<Activation::silu>(place, a);
+    default:
+      return run<Activation::none>(place, a);
   }
 }
 

@@ -55,10 +55,10 @@ struct Sum {
 void bias_grad(const Place& place, const BiasGradArgs& b, float* partial) {
   const int64_t per_row = (b.N + 7) / 8, groups = (b.M + kGroupRows - 1) / kGroupRows;
   const bool aligned = b.N % 8 == 0 && is_aligned(partial);
-  launch_groups<Sum>("bias_grad", place,
-                     {b.dy, b.dy_type, b.M, b.N, per_row, kGroupRows, partial,
-                      aligned && is_aligned(b.dy)},
-                     groups * per_row);
+  launch_groups<Sum>(
+      "bias_grad", place,
+      {b.dy, b.dy_type, b.M, b.N, per_row, kGroupRows, partial, aligned && is_aligned(b.dy)},
+      groups * per_row);
   launch_groups<Sum>("bias_grad", place,
                      {partial, Float::fp32, groups, b.N, per_row, groups > 0 ? groups : 1, b.db,
                       aligned && is_aligned(b.db)},

@@ -30,10 +30,14 @@ void define_table(py::module_& m, const char* name) {
   py::class_<Table>(m, name, py::module_local())
       .def(py::init([](uintptr_t tensors, uintptr_t steps, uintptr_t first_run, uintptr_t scalars,
                        uintptr_t shared, uintptr_t masters, int64_t count, int64_t runs) {
-        return Table{pointer<Tensor>(tensors),       pointer<float* const>(steps),
-                     pointer<const int64_t>(first_run), pointer<AdamWScalars>(scalars),
-                     pointer<cuda::UpdateScalars>(shared), pointer<const MasterWeight>(masters),
-                     count, runs};
+        return Table{pointer<Tensor>(tensors),
+                     pointer<float* const>(steps),
+                     pointer<const int64_t>(first_run),
+                     pointer<AdamWScalars>(scalars),
+                     pointer<cuda::UpdateScalars>(shared),
+                     pointer<const MasterWeight>(masters),
+                     count,
+                     runs};
       }));
 }
 
@@ -51,14 +55,18 @@ void define_types(py::module_& m) {
       .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
                        uintptr_t preact, int preact_type) {
         return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
-                        pointer<void>(y), Float(y_type), pointer<void>(preact),
+                        pointer<void>(y),          Float(y_type),    pointer<void>(preact),
                         Float(preact_type)};
       }));
   py::class_<cuda::UpdateClock>(m, "UpdateClock", py::module_local())
       .def(py::init([](double lr, uintptr_t lr_pointer, double weight_decay, double beta1,
                        double beta2, uintptr_t grad_scale, uintptr_t found_inf) {
-        return cuda::UpdateClock{lr, pointer<const double>(lr_pointer), weight_decay, beta1,
-                                 beta2, pointer<const float>(grad_scale),
+        return cuda::UpdateClock{lr,
+                                 pointer<const double>(lr_pointer),
+                                 weight_decay,
+                                 beta1,
+                                 beta2,
+                                 pointer<const float>(grad_scale),
                                  pointer<const float>(found_inf)};
       }));
   define_table<AdamWTensor>(m, "AdamWTable");
@@ -69,9 +77,8 @@ void define_products(py::module_& m) {
   m.def(
       "product",
       [](const cuda::Place& place, const Operand& a, const Operand& b, int64_t M, int64_t N,
-         int64_t K, const Epilogue& epilogue) {
-        cuda::product(place, {a, b, M, N, K, epilogue, 0});
-      },
+         int64_t K,
+         const Epilogue& epilogue) { cuda::product(place, {a, b, M, N, K, epilogue, 0}); },
       Release());
   m.def(
       "scaled_mm",
@@ -79,10 +86,10 @@ void define_products(py::module_& m) {
          int64_t b_row_stride, int64_t M, int64_t N, int64_t K, uintptr_t row_scale,
          int64_t row_scale_stride, uintptr_t col_scale, int64_t col_scale_stride,
          const Epilogue& epilogue) {
-        cuda::scaled_mm(place, {pointer<const int8_t>(a), a_row_stride, 1,
-                                pointer<const int8_t>(b), b_row_stride, 1, M, N, K,
-                                pointer<const float>(row_scale), row_scale_stride,
-                                pointer<const float>(col_scale), col_scale_stride, epilogue, 0});
+        cuda::scaled_mm(
+            place, {pointer<const int8_t>(a), a_row_stride, 1, pointer<const int8_t>(b),
+                    b_row_stride, 1, M, N, K, pointer<const float>(row_scale), row_scale_stride,
+                    pointer<const float>(col_scale), col_scale_stride, epilogue, 0});
       },
       Release());
   m.def(
@@ -105,11 +112,11 @@ void define_quantization(py::module_& m) {
       [](const cuda::Place& place, uintptr_t x, int x_type, int64_t rows, int64_t cols,
          int granularity, int64_t block, int rounding, const PhiloxKey& key, uintptr_t step,
          int64_t offset, uintptr_t codes, uintptr_t scale, uintptr_t workspace) {
-        cuda::quantize(place,
-                       {pointer<const void>(x), Float(x_type), rows, cols,
-                        Granularity(granularity), block, Rounding(rounding), key, offset,
-                        pointer<int8_t>(codes), pointer<float>(scale), 0},
-                       pointer<const int64_t>(step), pointer<uint32_t>(workspace));
+        cuda::quantize(
+            place,
+            {pointer<const void>(x), Float(x_type), rows, cols, Granularity(granularity), block,
+             Rounding(rounding), key, offset, pointer<int8_t>(codes), pointer<float>(scale), 0},
+            pointer<const int64_t>(step), pointer<uint32_t>(workspace));
       },
       Release());
   m.def(
@@ -118,21 +125,21 @@ void define_quantization(py::module_& m) {
          int rounding, const PhiloxKey& row_key, const PhiloxKey& col_key, uintptr_t step,
          int64_t offset, uintptr_t row_codes, uintptr_t row_scale, uintptr_t col_codes,
          uintptr_t col_scale, uintptr_t workspace) {
-        cuda::quantize_row_col(place,
-                               {pointer<const void>(x), Float(x_type), rows, cols,
-                                Rounding(rounding), row_key, col_key, offset,
-                                pointer<int8_t>(row_codes), pointer<float>(row_scale),
-                                pointer<int8_t>(col_codes), pointer<float>(col_scale), 0},
-                               pointer<const int64_t>(step), pointer<uint32_t>(workspace));
+        cuda::quantize_row_col(
+            place,
+            {pointer<const void>(x), Float(x_type), rows, cols, Rounding(rounding), row_key,
+             col_key, offset, pointer<int8_t>(row_codes), pointer<float>(row_scale),
+             pointer<int8_t>(col_codes), pointer<float>(col_scale), 0},
+            pointer<const int64_t>(step), pointer<uint32_t>(workspace));
       },
       Release());
   m.def(
       "dequantize",
       [](const cuda::Place& place, uintptr_t codes, uintptr_t scale, int64_t rows, int64_t cols,
          int granularity, int64_t block, uintptr_t y, int y_type) {
-        cuda::dequantize(place, {pointer<const int8_t>(codes), pointer<const float>(scale), rows,
-                                 cols, Granularity(granularity), block, pointer<void>(y),
-                                 Float(y_type), 0});
+        cuda::dequantize(place,
+                         {pointer<const int8_t>(codes), pointer<const float>(scale), rows, cols,
+                          Granularity(granularity), block, pointer<void>(y), Float(y_type), 0});
       },
       Release());
 }
@@ -154,8 +161,8 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
       "bias_grad",
       [](const cuda::Place& place, uintptr_t dy, int dy_type, int64_t M, int64_t N, uintptr_t db,
          uintptr_t partial) {
-        const BiasGradArgs args{pointer<const void>(dy), Float(dy_type), M, N, pointer<float>(db),
-                                0};
+        const BiasGradArgs args{
+            pointer<const void>(dy), Float(dy_type), M, N, pointer<float>(db), 0};
         cuda::bias_grad(place, args, pointer<float>(partial));
       },
       Release());
@@ -163,9 +170,9 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
       "activation_grad",
       [](const cuda::Place& place, uintptr_t dy, int dy_type, uintptr_t preact, int preact_type,
          int64_t numel, int activation, uintptr_t dz) {
-        cuda::activation_grad(place, {pointer<const void>(dy), Float(dy_type),
-                                      pointer<const void>(preact), Float(preact_type), numel,
-                                      Activation(activation), pointer<void>(dz), 0});
+        cuda::activation_grad(
+            place, {pointer<const void>(dy), Float(dy_type), pointer<const void>(preact),
+                    Float(preact_type), numel, Activation(activation), pointer<void>(dz), 0});
       },
       Release());
   m.def(
@@ -174,11 +181,11 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
          const cuda::UpdateTable<AdamWTensor>& table, float one_minus_beta1, float one_minus_beta2,
          float eps, bool maximize, int rounding, int state_rounding, uint64_t seed,
          float coupled_decay) {
-        cuda::adamw(place,
-                    {nullptr, nullptr, 0, one_minus_beta1, one_minus_beta2, eps, 0.0f, 0.0f,
-                     maximize, Rounding(rounding), Rounding(state_rounding), seed, 0, coupled_decay,
-                     nullptr},
-                    clock, table);
+        cuda::adamw(
+            place,
+            {nullptr, nullptr, 0, one_minus_beta1, one_minus_beta2, eps, 0.0f, 0.0f, maximize,
+             Rounding(rounding), Rounding(state_rounding), seed, 0, coupled_decay, nullptr},
+            clock, table);
       },
       Release());
   m.def(

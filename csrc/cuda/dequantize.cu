@@ -9,7 +9,7 @@ struct DecodeArgs {
   const float* scale;
   int64_t rows, cols, per_row;  // vectors of 16 codes a row
   Granularity granularity;
-  int64_t block, blocks;        // elements of a block, blocks a row
+  int64_t block, blocks;  // elements of a block, blocks a row
   void* y;
   Float y_type;
   bool aligned;
@@ -54,8 +54,8 @@ struct Decode {
       return load_floats<16>(a.scale, Float::fp32, columns, aligned, scale);
     }
     const bool blocked = a.granularity == Granularity::block;
-    const float* of_row = a.scale + (blocked ? row * a.blocks
-                                             : (a.granularity == Granularity::row ? row : 0));
+    const float* of_row =
+        a.scale + (blocked ? row * a.blocks : (a.granularity == Granularity::row ? row : 0));
     const Quotient first = divide_index(blocked ? columns.begin : 0, blocked ? a.block : 1);
     if (!blocked || first.remainder + 16 <= a.block) {
       const float one = of_row[first.quotient];
@@ -83,8 +83,8 @@ void dequantize(const Place& place, const DequantizeArgs& d) {
   const int64_t blocks = d.granularity == Granularity::block ? (cols + d.block - 1) / d.block : 1;
   const bool aligned = (rows == 1 || cols % 16 == 0) && is_aligned(d.codes) && is_aligned(d.y);
   launch_groups<Decode>("dequantize", place,
-                        {d.codes, d.scale, rows, cols, per_row, d.granularity, d.block, blocks,
-                         d.y, d.y_type, aligned},
+                        {d.codes, d.scale, rows, cols, per_row, d.granularity, d.block, blocks, d.y,
+                         d.y_type, aligned},
                         rows * per_row);
 }
 

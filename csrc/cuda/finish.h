@@ -14,7 +14,7 @@ struct Finish {
   int64_t row_scale_stride;
   const float* col_scale;  // [N], or [1] with stride 0
   int64_t col_scale_stride;
-  bool aligned;            // every row of y and preact starts at a multiple of 16 bytes
+  bool aligned;  // every row of y and preact starts at a multiple of 16 bytes
 };
 
 static inline bool rows_aligned(const Epilogue& e, int64_t N) {
@@ -52,11 +52,20 @@ LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
     store_floats<8>(z, nullptr, e.preact_type, out, f.aligned, e.preact);
   }
   switch (e.activation) {
-    case Activation::relu: activate_eight<Activation::relu>(z); break;
-    case Activation::gelu: activate_eight<Activation::gelu>(z); break;
-    case Activation::gelu_tanh: activate_eight<Activation::gelu_tanh>(z); break;
-    case Activation::silu: activate_eight<Activation::silu>(z); break;
-    default: activate_eight<Activation::none>(z);
+    case Activation::relu:
+      activate_eight<Activation::relu>(z);
+      break;
+    case Activation::gelu:
+      activate_eight<Activation::gelu>(z);
+      break;
+    case Activation::gelu_tanh:
+      activate_eight<Activation::gelu_tanh>(z);
+      break;
+    case Activation::silu:
+      activate_eight<Activation::silu>(z);
+      break;
+    default:
+      activate_eight<Activation::none>(z);
   }
   store_floats<8>(z, nullptr, e.y_type, out, f.aligned, e.y);
 }

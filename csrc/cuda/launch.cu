@@ -11,8 +11,8 @@ namespace cuda {
 void check(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error that is thrown must not be found again by the next op
-  throw std::runtime_error(std::string("lowp::") + op + ": CUDA error " +
-                           cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  throw std::runtime_error(std::string("lowp::") + op + ": CUDA error " + cudaGetErrorName(status) +
+                           ": " + cudaGetErrorString(status));
 }
 
 DeviceGuard::DeviceGuard(const char* op, int device) {

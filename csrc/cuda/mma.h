@@ -14,9 +14,9 @@ constexpr int kMmaThreads = 256;
 
 struct MmaOperand {
   const char* data;
-  int64_t rows, depth;     // elements
+  int64_t rows, depth;  // elements
   int64_t row_stride, k_stride;
-  bool aligned;            // 16-byte accesses are possible
+  bool aligned;  // 16-byte accesses are possible
 };
 
 struct MmaArgs {
@@ -149,8 +149,8 @@ __device__ __forceinline__ void load_fragment(const char* panel, int row, int st
 }
 
 // Tiles in groups of eight rows of tiles, so that blocks that run together share operands in L2.
-__device__ __forceinline__ void tile_at(int64_t index, int64_t tiles_m, int64_t tiles_n,
-                                        int64_t* m, int64_t* n) {
+__device__ __forceinline__ void tile_at(int64_t index, int64_t tiles_m, int64_t tiles_n, int64_t* m,
+                                        int64_t* n) {
   constexpr int64_t kTall = 8;
   const int64_t group = index / (kTall * tiles_n), first = group * kTall;
   const int64_t tall = tiles_m - first < kTall ? tiles_m - first : kTall;

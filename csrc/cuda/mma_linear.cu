@@ -7,7 +7,11 @@ namespace {
 
 MmaOperand operand(const Operand& x, int64_t rows, int64_t depth) {
   const bool along_k = x.k_stride == 1;
-  return {static_cast<const char*>(x.data), rows, depth, x.row_stride, x.k_stride,
+  return {static_cast<const char*>(x.data),
+          rows,
+          depth,
+          x.row_stride,
+          x.k_stride,
           lines_aligned(x.data, along_k ? x.row_stride : x.k_stride, 2)};
 }
 

@@ -55,11 +55,11 @@ struct UpdateScalars {
 // Where the parts of an update lie in the memory that Python fills (lowp/ops/device_table.py).
 template <class Tensor>
 struct UpdateTable {
-  Tensor* tensors;           // [count]; .step is written on the device, 0 for a skipped update
-  float* const* steps;       // [count]: the updates applied to each, advanced by one
-  const int64_t* first_run;  // [count + 1]: number of the tensor's first run of 256 elements
-  AdamWScalars* scalars;     // [count]
-  UpdateScalars* shared;     // [1]
+  Tensor* tensors;              // [count]; .step is written on the device, 0 for a skipped update
+  float* const* steps;          // [count]: the updates applied to each, advanced by one
+  const int64_t* first_run;     // [count + 1]: number of the tensor's first run of 256 elements
+  AdamWScalars* scalars;        // [count]
+  UpdateScalars* shared;        // [1]
   const MasterWeight* masters;  // [count] or null
   int64_t count, runs;
 

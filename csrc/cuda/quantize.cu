@@ -93,7 +93,7 @@ struct Spans {
 struct LinesArgs {
   const void* x;
   Float x_type;
-  int64_t rows, cols, per_row;  // squares in a row of squares
+  int64_t rows, cols, per_row;              // squares in a row of squares
   uint32_t *of_rows, *of_columns, *of_all;  // [rows], [cols], [1], each or null
   bool aligned;
 };
@@ -140,7 +140,7 @@ struct Lines {
 
 // Maxima to scales; the reciprocals replace the maxima.
 struct ScalesArgs {
-  uint32_t* amax;  // [count] in, inv_scale as bits out
+  uint32_t* amax;         // [count] in, inv_scale as bits out
   float *first, *second;  // scales of the first `split` and of the others
   int64_t split;
 };
@@ -254,8 +254,8 @@ void quantize_spans(const Place& place, const QuantizeArgs& q, const CodeNoise& 
   const bool by_row = q.granularity == Granularity::row;
   const int64_t width = by_row ? q.cols : q.block;
   const int64_t per_row = by_row ? 1 : (q.cols + width - 1) / width;
-  const SpansArgs a{q.x,   q.x_type, q.rows,  q.cols,  width, per_row,
-                    noise, q.codes,  q.scale, is_aligned(q.x) && is_aligned(q.codes)};
+  const SpansArgs a{q.x,     q.x_type, q.rows,  q.cols,  width,
+                    per_row, noise,    q.codes, q.scale, is_aligned(q.x) && is_aligned(q.codes)};
   if (width <= 8 * 16) return launch_spans<8, 1>(place, a);
   if (width <= 32 * 2 * 16) return launch_spans<32, 2>(place, a);
   if (width <= 128 * 2 * 16) return launch_spans<128, 2>(place, a);
@@ -264,8 +264,7 @@ void quantize_spans(const Place& place, const QuantizeArgs& q, const CodeNoise& 
 
 }  // namespace
 
-void quantize(const Place& place, const QuantizeArgs& q, const int64_t* step,
-              uint32_t* workspace) {
+void quantize(const Place& place, const QuantizeArgs& q, const int64_t* step, uint32_t* workspace) {
   const CodeNoise noise{q.rounding, q.key, step, q.offset};
   if (q.granularity == Granularity::row || q.granularity == Granularity::block) {
     return quantize_spans(place, q, noise);
@@ -286,11 +285,11 @@ void quantize(const Place& place, const QuantizeArgs& q, const int64_t* step,
   const int64_t scales = of_columns ? q.cols : 1;
   launch_groups<Scales>("quantize", place, {workspace, q.scale, nullptr, scales}, scales);
   const int64_t vectors = (cols + 15) / 16;
-  launch_groups<Encode>("quantize", place,
-                        {q.x, q.x_type, rows, cols, vectors,
-                         reinterpret_cast<const float*>(workspace), of_columns, noise, q.codes,
-                         aligned},
-                        rows * vectors);
+  launch_groups<Encode>(
+      "quantize", place,
+      {q.x, q.x_type, rows, cols, vectors, reinterpret_cast<const float*>(workspace), of_columns,
+       noise, q.codes, aligned},
+      rows * vectors);
 }
 
 void quantize_row_col(const Place& place, const QuantizeRowColArgs& q, const int64_t* step,
@@ -298,15 +297,21 @@ void quantize_row_col(const Place& place, const QuantizeRowColArgs& q, const int
   const bool aligned = rows_start_aligned(q.cols, q.x, q.row_codes);
   find_maxima("quantize_row_col", place,
               {q.x, q.x_type, q.rows, q.cols, 0, workspace + q.cols, workspace, nullptr, aligned});
-  launch_groups<Scales>("quantize_row_col", place,
-                        {workspace, q.col_scale, q.row_scale, q.cols}, q.rows + q.cols);
+  launch_groups<Scales>("quantize_row_col", place, {workspace, q.col_scale, q.row_scale, q.cols},
+                        q.rows + q.cols);
   const float* inv_scale = reinterpret_cast<const float*>(workspace);
-  launch_tiles<Both>(
-      "quantize_row_col", place,
-      {q.x, q.x_type, q.rows, q.cols, inv_scale + q.cols, inv_scale,
-       {q.rounding, q.row_key, step, q.offset}, {q.rounding, q.col_key, step, q.offset},
-       q.row_codes, aligned},
-      {q.rows, q.cols, q.col_codes, q.rows % 16 == 0 && is_aligned(q.col_codes)});
+  launch_tiles<Both>("quantize_row_col", place,
+                     {q.x,
+                      q.x_type,
+                      q.rows,
+                      q.cols,
+                      inv_scale + q.cols,
+                      inv_scale,
+                      {q.rounding, q.row_key, step, q.offset},
+                      {q.rounding, q.col_key, step, q.offset},
+                      q.row_codes,
+                      aligned},
+                     {q.rows, q.cols, q.col_codes, q.rows % 16 == 0 && is_aligned(q.col_codes)});
 }
 
 }  // namespace cuda

@@ -14,8 +14,8 @@ namespace cuda {
 constexpr int kRunLanes = kStateBlock / 16;
 
 struct Run {
-  int64_t tensor;  // index into the table
-  int64_t block;   // index into the scales
+  int64_t tensor;      // index into the table
+  int64_t block;       // index into the scales
   int64_t begin, end;  // elements of the tensor
 };
 
@@ -154,8 +154,8 @@ LOWP_HD void store_codes_of(const float* x, bool stochastic, const StateNoise& n
   const bool aligned = vector_aligned(state, s);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    codes[i] = kSigned ? encode_signed(x[i], scale, draws[i])
-                       : encode_unsigned(x[i], scale, draws[i]);
+    codes[i] =
+        kSigned ? encode_signed(x[i], scale, draws[i]) : encode_unsigned(x[i], scale, draws[i]);
   }
   if (kSigned) {
     store_codes(codes, s, aligned, static_cast<int8_t*>(state));

@@ -67,8 +67,8 @@ class FinishEpilogue {
   template <class Problem, class Tile, class Coord, class Engine, class Layout, class Mma,
             class Residue>
   CUTLASS_DEVICE void operator()(Problem problem, Tile tile, Coord coord,
-                                 const cute::Tensor<Engine, Layout>& accumulators, Mma mma,
-                                 Residue, int thread, char*) {
+                                 const cute::Tensor<Engine, Layout>& accumulators, Mma mma, Residue,
+                                 int thread, char*) {
     using namespace cute;
     const auto places = mma.get_thread_slice(thread).partition_C(
         make_identity_tensor(make_shape(get<0>(tile), get<1>(tile))));
@@ -121,10 +121,10 @@ class FinishEpilogue {
 template <class Element, class Sum, bool kAAlongK, bool kBAlongK, class Tile, class Cluster,
           class Schedule>
 struct WgmmaKernel {
-  using LayoutA = cute::conditional_t<kAAlongK, cutlass::layout::RowMajor,
-                                      cutlass::layout::ColumnMajor>;
-  using LayoutB = cute::conditional_t<kBAlongK, cutlass::layout::ColumnMajor,
-                                      cutlass::layout::RowMajor>;
+  using LayoutA =
+      cute::conditional_t<kAAlongK, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
+  using LayoutB =
+      cute::conditional_t<kBAlongK, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   static constexpr int kVector = 16 / sizeof(Element);
   using Epilogue =
       cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<FinishEpilogue>;
@@ -132,9 +132,8 @@ struct WgmmaKernel {
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, kVector, Element,
       LayoutB, kVector, Sum, Tile, Cluster, Stages, Schedule>::CollectiveOp;
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Epilogue,
-                                           cutlass::gemm::PersistentScheduler>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop,
+                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
 };
 
 // A matrix [rows, depth] for the copy engine: `line` elements from one line of adjacent elements to

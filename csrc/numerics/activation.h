@@ -1,6 +1,6 @@
-// The activations and their derivatives in fp32, by IEEE + - * / and integer operations only: no libm
-// and no fma, so every compiler and device gives the same bits. Branch-free.
-// Accuracy: lowp/reference/activation.py, which this repeats operation by operation.
+// The activations and their derivatives in fp32, by IEEE + - * / and integer operations only: no
+// libm and no fma, so every compiler and device gives the same bits. Branch-free. Accuracy:
+// lowp/reference/activation.py, which this repeats operation by operation.
 #pragma once
 #include "numerics/divide.h"
 
@@ -36,9 +36,7 @@ LOWP_HD float exp_fp32(float x) {
 LOWP_HD float sigmoid_fp32(float x) { return 1.0f / (1.0f + exp_fp32(-x)); }
 
 // 2 u(x) of gelu_tanh: sqrt(8/pi) (x + 0.044715 x^3)
-LOWP_HD float gelu_tanh_argument(float x) {
-  return 1.59576912f * (x + 0.044715f * (x * x * x));
-}
+LOWP_HD float gelu_tanh_argument(float x) { return 1.59576912f * (x + 0.044715f * (x * x * x)); }
 
 // exp(-x^2/2)
 LOWP_HD float gaussian_fp32(float x) { return exp_fp32(-0.5f * (x * x)); }

@@ -1,8 +1,8 @@
 // The 8-bit code of an optimizer state: a block float with 3 mantissa bits, read off the bits of
 // x / amax by shifts, so there is no table. Blocks of kStateBlock elements share one fp32 amax.
 //   code 0 is zero; code c > 0 is the float of bits(1.0) - (top - c) * 2^20, times amax
-// Signed codes (top 127, sign and magnitude as an int8) reach down 15.75 binades, unsigned ones (top 255,
-// for square roots of second moments) 31.75.
+// Signed codes (top 127, sign and magnitude as an int8) reach down 15.75 binades, unsigned ones
+// (top 255, for square roots of second moments) 31.75.
 #pragma once
 #include "numerics/platform.h"
 
@@ -12,19 +12,22 @@ constexpr int kStateBlock = 256;
 constexpr int kCodeShift = 20;  // 23 mantissa bits of fp32 less 3
 constexpr uint32_t kOneBits = 0x3F800000u;
 
-// The scale of a block whose largest absolute bit pattern is amax_bits: 0 below 2^-119, NaN if not finite.
+// The scale of a block whose largest absolute bit pattern is amax_bits: 0 below 2^-119, NaN if not
+// finite.
 LOWP_HD float state_scale(uint32_t amax_bits) {
   uint32_t bits = amax_bits < (8u << 23) ? 0u : amax_bits;
   bits = amax_bits >= 0x7F800000u ? 0x7FC00000u : bits;
   return bits_float(bits);
 }
 
-// Code of the magnitude y = |x| / scale in [0, 1]. offset: 0x80000 rounds to nearest (ties up), draw << 4
-// stochastically. tiny: what decides between 0 and code 1, as a fraction of 65536: 0x8000, or the draw.
+// Code of the magnitude y = |x| / scale in [0, 1]. offset: 0x80000 rounds to nearest (ties up),
+// draw << 4 stochastically. tiny: what decides between 0 and code 1, as a fraction of 65536:
+// 0x8000, or the draw.
 template <int kTop>
 LOWP_HD int32_t encode_magnitude(float y, uint32_t offset, uint32_t tiny) {
   // Code 1 stands for 1.25 * 2^-16 (signed) or 1.25 * 2^-32: y in 65536ths of it.
-  constexpr float kParts = kTop == 127 ? 0.8f * 65536.0f * 65536.0f : 0.8f * 4294967296.0f * 65536.0f;
+  constexpr float kParts =
+      kTop == 127 ? 0.8f * 65536.0f * 65536.0f : 0.8f * 4294967296.0f * 65536.0f;
   const int32_t v = (kTop << kCodeShift) - static_cast<int32_t>(kOneBits - float_bits(y));
   int32_t code = (v + static_cast<int32_t>(offset)) >> kCodeShift;
   const float part = y * kParts;

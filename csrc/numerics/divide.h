@@ -4,11 +4,11 @@
 
 namespace lowp {
 
-// a / b, correctly rounded, from y, an approximation of 1 / b to one ulp (b <= 2^64): the sequence that
-// compilers use for it (Markstein, "Computation of elementary functions on the IBM RISC System/6000
-// processor", IBM Journal 34(1), 1990), without the call to a function for the special cases.
-// fma(x, y, z) is x * y + z with one rounding.
-// Wants b >= 1 (Inf and NaN too), a quotient that is not subnormal, or else a power of two for b.
+// a / b, correctly rounded, from y, an approximation of 1 / b to one ulp (b <= 2^64): the sequence
+// that compilers use for it (Markstein, "Computation of elementary functions on the IBM RISC
+// System/6000 processor", IBM Journal 34(1), 1990), without the call to a function for the special
+// cases. fma(x, y, z) is x * y + z with one rounding. Wants b >= 1 (Inf and NaN too), a quotient
+// that is not subnormal, or else a power of two for b.
 template <class Fma, class Reciprocal>
 LOWP_HD float divide_inline(float a, float b, const Fma& fma, const Reciprocal& reciprocal) {
   constexpr float kDown = 5.42101086e-20f, kUp = 1.8446744e19f;  // 2^-64 and 2^64

@@ -1,4 +1,5 @@
-// What every header of numerics/ stands on: one function qualifier for host and device, and bit casts.
+// What every header of numerics/ stands on: one function qualifier for host and device, and bit
+// casts.
 #pragma once
 #include <stdint.h>
 #include <string.h>

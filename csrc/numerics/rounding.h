@@ -1,7 +1,7 @@
 // Conversions between fp32 and the 16-bit formats, and the two roundings to each target, by integer
 // arithmetic only: the same bits from every compiler, instruction set and device.
-// All functions are branch-free so that a plain loop over them vectorizes; GCC makes branches of nested
-// conditional expressions, so selects follow one another.
+// All functions are branch-free so that a plain loop over them vectorizes; GCC makes branches of
+// nested conditional expressions, so selects follow one another.
 #pragma once
 #include "numerics/platform.h"
 
@@ -70,9 +70,9 @@ LOWP_HD uint16_t float_to_fp16_sr(float x, uint32_t draw) {
   const uint32_t m = (a & 0x007FFFFFu) | (e > 0 ? 0x00800000u : 0u);
   uint32_t limited = e > 112u ? 112u : e;
   limited = limited < 102u ? 102u : limited;
-  const uint32_t wide = 126u - limited;                                    // 14 .. 24
+  const uint32_t wide = 126u - limited;  // 14 .. 24
   const uint32_t lowest = e > 0u ? e : 1u;
-  const uint32_t below = lowest < 102u ? 102u - lowest : 0u;               // further, 0 .. 101
+  const uint32_t below = lowest < 102u ? 102u - lowest : 0u;  // further, 0 .. 101
   const uint32_t shifted = below > 31u ? 0u : m >> (below & 31u);
   const uint32_t q = shifted >> wide;
   const uint32_t discarded = shifted & ((1u << wide) - 1u);
@@ -101,7 +101,8 @@ LOWP_HD int32_t code_sr(float v, uint32_t draw) {
   const float m = bits_float(float_bits(v) & 0x7FFFFFFFu);
   const float c = m > 127.0f ? 127.0f : m;
   const int32_t n = static_cast<int32_t>(c);
-  const uint32_t frac16 = static_cast<uint32_t>(static_cast<int32_t>((c - static_cast<float>(n)) * 65536.0f));
+  const uint32_t frac16 =
+      static_cast<uint32_t>(static_cast<int32_t>((c - static_cast<float>(n)) * 65536.0f));
   const int32_t q = n + static_cast<int32_t>((frac16 + draw) >> 16);
   return v < 0.0f ? -q : q;
 }

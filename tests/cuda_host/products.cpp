@@ -65,8 +65,7 @@ void finish_all(const Finish& f, int64_t M, const Sum& sum) {
 }
 
 float element(const Operand& x, int64_t row, int64_t k) {
-  const uint16_t bits =
-      static_cast<const uint16_t*>(x.data)[row * x.row_stride + k * x.k_stride];
+  const uint16_t bits = static_cast<const uint16_t*>(x.data)[row * x.row_stride + k * x.k_stride];
   return half_to_float(bits, x.type);
 }
 
@@ -86,8 +85,13 @@ void scaled_mm(const Place&, const ScaledMmArgs& p) {
   if (p.a_k_stride != 1 || p.b_k_stride != 1) {
     throw std::invalid_argument("lowp::scaled_mm: the CUDA product takes codes adjacent along K");
   }
-  const Finish finish{p.epilogue, p.N, p.row_scale, p.row_scale_stride, p.col_scale,
-                      p.col_scale_stride, rows_aligned(p.epilogue, p.N)};
+  const Finish finish{p.epilogue,
+                      p.N,
+                      p.row_scale,
+                      p.row_scale_stride,
+                      p.col_scale,
+                      p.col_scale_stride,
+                      rows_aligned(p.epilogue, p.N)};
   finish_all<int32_t>(finish, p.M, [&](int64_t m, int64_t n) {
     int32_t sum = 0;
     const int8_t *a = p.a + m * p.a_row_stride, *b = p.b + n * p.b_row_stride;
