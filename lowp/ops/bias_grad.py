@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops.library import FLOATS, Op, require_float
+from lowp.ops.library import FLOATS, Op, deferred, require_float
 from lowp.reference import bias_grad as reference
 
 bias_grad = Op("bias_grad(Tensor dy) -> Tensor")
@@ -48,3 +48,6 @@ def _cpu(dy: Tensor) -> Tensor:
     cpu_extension().bias_grad(dy.data_ptr(), FLOATS[dy.dtype], *dy.shape, db.data_ptr(),
                               torch.get_num_threads())
     return db
+
+
+bias_grad.kernel("triton")(deferred("bias_grad"))

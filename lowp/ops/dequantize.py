@@ -10,6 +10,7 @@ from lowp.ops.library import (
     FLOATS,
     GRANULARITIES,
     Op,
+    deferred,
     require_choice,
     require_float_dtype,
     rows_cols,
@@ -82,3 +83,6 @@ def _cpu(codes: Tensor, scale: Tensor, granularity: str, block: int,
         y.data_ptr(), FLOATS[out_dtype], torch.get_num_threads(),
     )
     return y
+
+
+dequantize.kernel("triton")(deferred("dequantize"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.ops.library import Op, require_float_dtype
+from lowp.ops.library import Op, deferred, require_float_dtype
 from lowp.ops.product import multiply, require_matrices
 from lowp.reference import linear as reference
 
@@ -47,3 +47,6 @@ linear_dgrad.kernel("reference")(reference.linear_dgrad)
 @linear_dgrad.kernel("cpu")
 def _cpu(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     return multiply(dy, w.t(), None, "none", out_dtype, False)[0]
+
+
+linear_dgrad.kernel("triton")(deferred("linear_dgrad"))

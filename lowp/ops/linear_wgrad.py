@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.ops.bias_grad import bias_grad
-from lowp.ops.library import Op, require_float_dtype
+from lowp.ops.library import Op, deferred, require_float_dtype
 from lowp.ops.product import multiply, require_matrices
 from lowp.reference import linear as reference
 
@@ -54,3 +54,6 @@ linear_wgrad.kernel("reference")(reference.linear_wgrad)
 def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dw = multiply(dy.t(), x.t(), None, "none", out_dtype, False)[0]
     return dw, bias_grad.kernels["cpu"](dy) if bias else dy.new_empty(0, dtype=torch.float32)
+
+
+linear_wgrad.kernel("triton")(deferred("linear_wgrad"))

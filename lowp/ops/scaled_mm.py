@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops.library import Op, require_choice, require_float_dtype
+from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
 from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
 from lowp.reference import scaled_mm as reference
 
@@ -97,3 +97,6 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
         torch.get_num_threads(),
     )
     return y, preact
+
+
+scaled_mm.kernel("triton")(deferred("scaled_mm"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import sgd as reference
 from lowp.reference.adamw import Noise
 
@@ -127,3 +127,6 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
             update.inv_scale_of(grad_scale), nesterov, maximize, ROUNDINGS[rounding],
             ROUNDINGS[state_rounding], seed & (2**64 - 1), torch.get_num_threads(),
         )
+
+
+sgd.kernel("triton")(deferred("sgd"))
