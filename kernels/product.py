@@ -1,0 +1,245 @@
+"""The matrix product behind linear, its two gradients and scaled_mm: tiles, their choice, the epilogue."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lowp.kernels import launch as launches
+from lowp.kernels.activation import activate
+from lowp.kernels.launch import EXACT, launch
+from lowp.kernels.numerics import canonical_nan, to_nearest, widen
+from lowp.ops.product import strided
+
+RASTER = tl.constexpr(8)  # rows of tiles that programs walk down together, so that they share operands
+
+
+@triton.jit
+def _tile_of(tile, down, across):
+    """Row and column of a tile: down RASTER rows, then across."""
+    band = tile // (RASTER * across)
+    height = tl.minimum(down - band * RASTER, RASTER)
+    inside = tile % (RASTER * across)
+    return band * RASTER + inside % height, inside // height
+
+
+@triton.jit
+def _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
+            ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
+    """What follows the sums of a tile: scales, bias, activation, one rounding a store."""
+    z = acc.to(tl.float32)
+    if row_scale is not None:
+        at = row if ROW_SCALES else row * 0
+        z = z * tl.load(row_scale + at, mask=row < rows, other=0.0)[:, None]
+        at = col if COL_SCALES else col * 0
+        z = z * tl.load(col_scale + at, mask=col < cols, other=0.0)[None, :]
+    if bias is not None:
+        z = z + widen(tl.load(bias + col, mask=col < cols, other=0.0))[None, :]
+    at = (row * cols)[:, None] + col[None, :]
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    if preact is not None:
+        tl.store(preact + at, to_nearest(canonical_nan(z), preact.dtype.element_ty), mask=mask)
+    tl.store(y + at, to_nearest(activate(z, ACTIVATION), y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _multiply(a, b, acc, INTERPRET: tl.constexpr):
+    """acc + a b. The interpreter multiplies bf16 as if it were integers, so it gets fp32."""
+    if INTERPRET and a.dtype != tl.int8:
+        a, b = widen(a), widen(b)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int64, cols: tl.int64,
+             depth: tl.int64, a_stride: tl.int64, b_stride: tl.int64, BM: tl.constexpr,
+             BN: tl.constexpr, BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+             A_EVEN: tl.constexpr, B_EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+             ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr, INTERPRET: tl.constexpr):
+    """One tile a program. a [rows, depth], or TURNED: stored [depth, rows]; b [cols, depth] alike.
+
+    EVEN: the contiguous dimension is a multiple of 16, which keeps masked loads 16 bytes wide though
+    rows and depth are no part of the compiled kernel.
+    """
+    integer: tl.constexpr = a.dtype.element_ty == tl.int8
+    tile_row, tile_col = _tile_of(tl.program_id(0), tl.cdiv(rows, BM).to(tl.int32),
+                                  tl.cdiv(cols, BN).to(tl.int32))
+    row = tile_row.to(tl.int64) * BM + tl.arange(0, BM)
+    col = tile_col.to(tl.int64) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    a_end = depth // 16 * 16 if A_EVEN and not A_TURNED else depth
+    b_end = depth // 16 * 16 if B_EVEN and not B_TURNED else depth
+    row_end = rows // 16 * 16 if A_EVEN and A_TURNED else rows
+    col_end = cols // 16 * 16 if B_EVEN and B_TURNED else cols
+    acc = tl.zeros([BM, BN], tl.int32 if integer else tl.float32)
+    sums = tl.zeros([BM], tl.float32)
+    for first in range(0, depth, BK):
+        k = first + inner.to(tl.int64)
+        if A_TURNED:
+            mask = (k < a_end)[:, None] & (row < row_end)[None, :]
+            left = tl.trans(tl.load(a + k[:, None] * a_stride + row[None, :], mask=mask, other=0))
+        else:
+            mask = (row < row_end)[:, None] & (k < a_end)[None, :]
+            left = tl.load(a + row[:, None] * a_stride + k[None, :], mask=mask, other=0)
+        if B_TURNED:
+            mask = (k < b_end)[:, None] & (col < col_end)[None, :]
+            right = tl.load(b + k[:, None] * b_stride + col[None, :], mask=mask, other=0)
+        else:
+            mask = (col < col_end)[:, None] & (k < b_end)[None, :]
+            right = tl.trans(tl.load(b + col[:, None] * b_stride + k[None, :], mask=mask, other=0))
+        acc = _multiply(left, right, acc, INTERPRET)
+        if row_sums is not None and tile_col == 0:
+            sums += tl.sum(widen(left), axis=1)
+    if row_sums is not None and tile_col == 0:
+        tl.store(row_sums + row, sums, mask=row < rows)
+    _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+            ROW_SCALES, COL_SCALES)
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int64,
+                cols: tl.int64, depth: tl.int64, BM: tl.constexpr, BN: tl.constexpr,
+                BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+                ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr,
+                INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
+    """As :func:`_product` with as many programs as multiprocessors, and operands by TMA descriptors."""
+    down = tl.cdiv(rows, BM).to(tl.int32)
+    across = tl.cdiv(cols, BN).to(tl.int32)
+    steps = tl.cdiv(depth, BK).to(tl.int32)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+        tile_row, tile_col = _tile_of(tile, down, across)
+        acc = tl.zeros([BM, BN], tl.int32 if INTEGER else tl.float32)
+        sums = tl.zeros([BM], tl.float32)
+        for step in range(steps):
+            if A_TURNED:
+                left = tl.trans(a.load([step * BK, tile_row * BM]))
+            else:
+                left = a.load([tile_row * BM, step * BK])
+            if B_TURNED:
+                right = b.load([step * BK, tile_col * BN])
+            else:
+                right = tl.trans(b.load([tile_col * BN, step * BK]))
+            acc = _multiply(left, right, acc, INTERPRET)
+            if row_sums is not None and tile_col == 0:
+                sums += tl.sum(widen(left), axis=1)
+        row = tile_row.to(tl.int64) * BM + tl.arange(0, BM)
+        col = tile_col.to(tl.int64) * BN + tl.arange(0, BN)
+        if row_sums is not None and tile_col == 0:
+            tl.store(row_sums + row, sums, mask=row < rows)
+        _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+                ROW_SCALES, COL_SCALES)
+
+
+class Tile(NamedTuple):
+    """A configuration: rows, columns and depth (bytes) of a tile, its warps, and how near its rate
+    comes to that of the largest one."""
+
+    rows: int
+    cols: int
+    depth_bytes: int
+    warps: int
+    rate: float
+
+
+TILES = (Tile(128, 256, 128, 8, 1.0), Tile(128, 128, 128, 4, 0.85), Tile(64, 128, 128, 4, 0.6),
+         Tile(64, 32, 128, 4, 0.3))
+FP32_TILE = Tile(64, 64, 64, 4, 1.0)  # not on tensor cores, whose TF32 would break the bound
+SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 on other NVIDIA GPUs
+
+
+def choose_tile(rows: int, cols: int, itemsize: int, capability: int, processors: int) -> Tile:
+    """The tile with the least time by a model: waves of programs times the work of a tile.
+
+    The rates are the share of its own peak that a tile's ratio of products to loaded bytes leaves;
+    they only have to rank the tiles.
+    """
+    if itemsize == 4:
+        return FP32_TILE
+
+    def time(tile: Tile) -> float:
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
+        return triton.cdiv(tiles, processors) * tile.rows * tile.cols / tile.rate
+
+    return min((t for t in TILES if stages(t, capability) >= 2), key=time)
+
+
+def stages(tile: Tile, capability: int) -> int:
+    """How many loads of a tile's operands fit in shared memory beside its result, at most 4."""
+    kib = SHARED.get(capability, 99) if capability else 64
+    result = tile.rows * tile.cols * 2 if capability >= 90 else 0  # a persistent program keeps it
+    return int(min(4, (kib * 1024 - result) // ((tile.rows + tile.cols) * tile.depth_bytes)))
+
+
+class Epilogue(NamedTuple):
+    """What follows the sums; ``None`` where there is none."""
+
+    y: Tensor
+    preact: Tensor | None = None
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None
+    col_scale: Tensor | None = None
+    row_sums: Tensor | None = None
+    activation: str = "none"
+
+
+class Operand(NamedTuple):
+    """A matrix whose rows (or, turned, whose columns) are contiguous, and the stride between them."""
+
+    x: Tensor
+    stride: int
+    turned: bool
+
+    @property
+    def even(self) -> bool:
+        """Whether the contiguous dimension is a multiple of 16."""
+        return self.x.shape[0 if self.turned else 1] % 16 == 0
+
+    @property
+    def by_tma(self) -> bool:
+        """Whether a descriptor can describe it: 16-byte addresses and strides."""
+        return (self.x.data_ptr() % 16 == 0 and self.stride > 0
+                and self.stride * self.x.element_size() % 16 == 0)
+
+    def descriptor(self, rows: int, depth: int) -> TensorDescriptor:
+        """The descriptor for tiles of ``rows`` by ``depth``."""
+        m, k = self.x.shape
+        shape, box = ([k, m], [depth, rows]) if self.turned else ([m, k], [rows, depth])
+        return TensorDescriptor(self.x, shape, [self.stride, 1], box)
+
+
+def _operand(x: Tensor) -> Operand:
+    x, row, k = strided(x)
+    if k != 1 and x.dtype == torch.int8:  # the int8 tensor cores sum along contiguous codes only
+        x = x.contiguous()
+        row, k = x.stride(0), 1
+    return Operand(x, row, False) if k == 1 else Operand(x, k, True)
+
+
+def product(a: Tensor, b: Tensor, epilogue: Epilogue) -> None:
+    """Writes ``a bᵀ`` of a [M, K] and b [N, K] through the epilogue."""
+    (rows, depth), cols = a.shape, b.shape[0]
+    left, right = _operand(a), _operand(b)
+    capability, processors = launches.capability(a.device), launches.processors(a.device)
+    tile = choose_tile(rows, cols, a.element_size(), capability, processors)
+    bk = tile.depth_bytes // a.element_size()
+    y, preact, bias, row_scale, col_scale, row_sums, activation = epilogue
+    pointers = (y, preact, bias, row_scale, col_scale, row_sums, rows, cols, depth)
+    constants = dict(
+        BM=tile.rows, BN=tile.cols, BK=bk, A_TURNED=left.turned, B_TURNED=right.turned,
+        ACTIVATION=activation, ROW_SCALES=row_scale is not None and row_scale.numel() > 1,
+        COL_SCALES=col_scale is not None and col_scale.numel() > 1,
+        INTERPRET=launches.INTERPRETED, num_warps=tile.warps, num_stages=stages(tile, capability),
+    )
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
+    if capability >= 90 and depth > 0 and a.element_size() < 4 and left.by_tma and right.by_tma:
+        launch(_persistent, (min(tiles, processors),), left.descriptor(tile.rows, bk),
+               right.descriptor(tile.cols, bk), *pointers, INTEGER=a.dtype == torch.int8,
+               **constants, **EXACT)
+        return
+    launch(_product, (tiles,), left.x, right.x, *pointers, left.stride, right.stride,
+           A_EVEN=left.even, B_EVEN=right.even, **constants, **EXACT)
