@@ -45,12 +45,12 @@ SASS = {  # what is counted, by the start of the instruction
     "HMMA": r"HMMA\.", "IMMA": r"IMMA\.", "HGMMA": r"HGMMA\.", "IGMMA": r"IGMMA\.",
     "UTCMMA": r"UTC[A-Z]*MMA", "TMA load": r"UTMALDG", "TMA store": r"UTMASTG",
     "load 128": r"(LDG|LDGSTS)\.\S*128", "load": r"(LDG|LDGSTS)\.", "store 128": r"STG\.\S*128",
-    "store": r"STG\.", "local": r"(LDL|STL)\b", "fma": r"FFMA",
+    "store": r"STG\.", "local": r"(LDL|STL)\b",
 }
 AMDGCN = {
     "MFMA": r"v_mfma_", "load 128": r"(global|buffer)_load_dwordx4",
     "load": r"(global|buffer)_load_", "store 128": r"(global|buffer)_store_dwordx4",
-    "store": r"(global|buffer)_store_", "local": r"scratch_(load|store)", "fma": r"v_(fma|mad)_f32",
+    "store": r"(global|buffer)_store_", "local": r"scratch_(load|store)",
 }
 
 
@@ -122,7 +122,7 @@ def rows_of(case: str, target: str) -> list[dict[str, Any]]:
         inspect = _nvidia if gpu.backend == "cuda" else _amd
         rows.append({"case": case, "target": target, "kernel": launch.kernel.fn.__name__.strip("_"),
                      "warps": launch.options.get("num_warps", 4),
-                     "shared bytes": kernel.metadata.shared, **inspect(kernel)})
+                     "stages": launch.options.get("num_stages", 3), "shared bytes": kernel.metadata.shared, **inspect(kernel)})
     return rows
 
 

@@ -35,6 +35,61 @@ def _dequantize(granularity: str, out: torch.dtype) -> Case:
                         128, out)
 
 
+def _linear(dtype: torch.dtype, activation: str, tokens: int = 8192, cols: int = FEATURES) -> Case:
+    def run() -> object:
+        x, w = torch.empty(tokens, cols, dtype=dtype), torch.empty(FEATURES, cols, dtype=dtype)
+        saved = activation != "none"
+        return _run("linear", x, w, torch.empty(FEATURES, dtype=dtype), activation, dtype, saved)
+
+    return run
+
+
+def _gradients(dtype: torch.dtype) -> Case:
+    def run() -> object:
+        dy = torch.empty(8192, FEATURES, dtype=dtype)
+        _run("linear_dgrad", dy, torch.empty(FEATURES, FEATURES, dtype=dtype), dtype)
+        return _run("linear_wgrad", dy, dy, True, FP32)
+
+    return run
+
+
+def _scaled_mm(activation: str, tokens: int = 8192) -> Case:
+    def run() -> object:
+        a, b = torch.empty(tokens, FEATURES, dtype=torch.int8), _x(torch.int8).new_empty(4096, 4096)
+        return _run("scaled_mm", a, b, torch.empty(tokens), torch.empty(4096), torch.empty(4096),
+                    activation, BF16, False)
+
+    return run
+
+
+def _state(state: torch.dtype | str, codes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    if state == "int8":
+        return _x(codes), torch.empty(TOKENS, FEATURES // 256)
+    return _x(state), torch.empty(0)
+
+
+def _adamw(param: torch.dtype, state: torch.dtype | str, rounding: str,
+           amsgrad: bool = False) -> Case:
+    def run() -> object:
+        (m, m_scale), (v, v_scale) = _state(state, torch.int8), _state(state, torch.uint8)
+        return _run("adamw", [_x(param)], [_x(param)], [m], [v], [m_scale], [v_scale],
+                    [_x(FP32)] if amsgrad else [], [torch.zeros(())], torch.tensor(1e-3), 0.9, 0.99,
+                    0.1, 1e-8, False, rounding, rounding, 1, [2], [0], torch.ones(()),
+                    torch.zeros(()))
+
+    return run
+
+
+def _sgd(param: torch.dtype, state: torch.dtype | str, rounding: str) -> Case:
+    def run() -> object:
+        buffer, scale = _state(state, torch.int8)
+        return _run("sgd", [_x(param)], [_x(param)], [buffer], [scale], [torch.zeros(())],
+                    torch.tensor(1e-3), 0.9, 0.0, 0.1, True, False, rounding, rounding, 1, [2], [0],
+                    None, None)
+
+    return run
+
+
 CASES: dict[str, Case] = {
     **{f"quantize {g} {r} bf16": _quantize(g, r)
        for g in ("tensor", "row", "column", "block") for r in ("nearest", "stochastic")},
@@ -49,4 +104,21 @@ CASES: dict[str, Case] = {
     **{f"activation_grad {a} bf16": lambda a=a: _run("activation_grad", _x(), _x(), a)
        for a in ("relu", "gelu", "gelu_tanh", "silu")},
     "bias_grad bf16": lambda: _run("bias_grad", _x()),
+    "linear none bf16": _linear(BF16, "none"),
+    "linear none fp16": _linear(FP16, "none"),
+    "linear gelu bf16, pre-activation saved": _linear(BF16, "gelu"),
+    "linear none bf16, 16 tokens": _linear(BF16, "none", 16),
+    "linear none bf16, 512 tokens": _linear(BF16, "none", 512),
+    "linear none bf16, 300 columns": _linear(BF16, "none", cols=300),
+    "linear none fp32": _linear(FP32, "none"),
+    "linear gradients bf16": _gradients(BF16),
+    "scaled_mm none bf16": _scaled_mm("none"),
+    "scaled_mm gelu bf16": _scaled_mm("gelu"),
+    "scaled_mm none bf16, 16 tokens": _scaled_mm("none", 16),
+    "adamw bf16 stochastic, int8 states": _adamw(BF16, "int8", "stochastic"),
+    "adamw bf16 stochastic, bf16 states": _adamw(BF16, BF16, "stochastic"),
+    "adamw bf16 stochastic, fp32 states, AMSGrad": _adamw(BF16, FP32, "stochastic", True),
+    "adamw fp32 nearest, fp32 states": _adamw(FP32, FP32, "nearest"),
+    "sgd bf16 stochastic, int8 states": _sgd(BF16, "int8", "stochastic"),
+    "sgd bf16 stochastic, bf16 states": _sgd(BF16, BF16, "stochastic"),
 }

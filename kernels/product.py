@@ -29,8 +29,8 @@ def _tile_of(tile, down, across):
 
 
 @triton.jit
-def _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
-            ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
+def _store(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
+           ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
     """What follows the sums of a tile: scales, bias, activation, one rounding a store."""
     z = acc.to(tl.float32)
     if row_scale is not None:
@@ -45,6 +45,23 @@ def _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
     if preact is not None:
         tl.store(preact + at, to_nearest(canonical_nan(z), preact.dtype.element_ty), mask=mask)
     tl.store(y + at, to_nearest(activate(z, ACTIVATION), y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(acc, row, first, rows, cols, bias, row_scale, col_scale, y, preact,
+            ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
+    """A tile from column ``first`` on, in halves down to 64 columns, which fit in registers beside it."""
+    M: tl.constexpr = acc.shape[0]
+    N: tl.constexpr = acc.shape[1]
+    if N > 64:
+        left, right = tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), [0, 2, 1]))
+        _finish(left, row, first, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+                ROW_SCALES, COL_SCALES)
+        _finish(right, row, first + N // 2, rows, cols, bias, row_scale, col_scale, y, preact,
+                ACTIVATION, ROW_SCALES, COL_SCALES)
+    else:
+        _store(acc, row, first + tl.arange(0, N), rows, cols, bias, row_scale, col_scale, y, preact,
+               ACTIVATION, ROW_SCALES, COL_SCALES)
 
 
 @triton.jit
@@ -78,26 +95,35 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
     col_end = cols // 16 * 16 if B_EVEN and B_TURNED else cols
     acc = tl.zeros([BM, BN], tl.int32 if integer else tl.float32)
     sums = tl.zeros([BM], tl.float32)
+    if A_TURNED:
+        a += inner[:, None].to(tl.int64) * a_stride + row[None, :]
+    else:
+        a += row[:, None] * a_stride + inner[None, :]
+    if B_TURNED:
+        b += inner[:, None].to(tl.int64) * b_stride + col[None, :]
+    else:
+        b += col[:, None] * b_stride + inner[None, :]
     for first in range(0, depth, BK):
         k = first + inner.to(tl.int64)
         if A_TURNED:
-            mask = (k < a_end)[:, None] & (row < row_end)[None, :]
-            left = tl.trans(tl.load(a + k[:, None] * a_stride + row[None, :], mask=mask, other=0))
+            left = tl.trans(tl.load(a, mask=(k < a_end)[:, None] & (row < row_end)[None, :], other=0))
+            a += BK * a_stride
         else:
-            mask = (row < row_end)[:, None] & (k < a_end)[None, :]
-            left = tl.load(a + row[:, None] * a_stride + k[None, :], mask=mask, other=0)
+            left = tl.load(a, mask=(row < row_end)[:, None] & (k < a_end)[None, :], other=0)
+            a += BK
         if B_TURNED:
-            mask = (k < b_end)[:, None] & (col < col_end)[None, :]
-            right = tl.load(b + k[:, None] * b_stride + col[None, :], mask=mask, other=0)
+            right = tl.load(b, mask=(k < b_end)[:, None] & (col < col_end)[None, :], other=0)
+            b += BK * b_stride
         else:
-            mask = (col < col_end)[:, None] & (k < b_end)[None, :]
-            right = tl.trans(tl.load(b + col[:, None] * b_stride + k[None, :], mask=mask, other=0))
+            right = tl.load(b, mask=(col < col_end)[:, None] & (k < b_end)[None, :], other=0)
+            right = tl.trans(right)
+            b += BK
         acc = _multiply(left, right, acc, INTERPRET)
         if row_sums is not None and tile_col == 0:
             sums += tl.sum(widen(left), axis=1)
     if row_sums is not None and tile_col == 0:
         tl.store(row_sums + row, sums, mask=row < rows)
-    _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+    _finish(acc, row, tile_col.to(tl.int64) * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
             ROW_SCALES, COL_SCALES)
 
 
@@ -128,10 +154,9 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
             if row_sums is not None and tile_col == 0:
                 sums += tl.sum(widen(left), axis=1)
         row = tile_row.to(tl.int64) * BM + tl.arange(0, BM)
-        col = tile_col.to(tl.int64) * BN + tl.arange(0, BN)
         if row_sums is not None and tile_col == 0:
             tl.store(row_sums + row, sums, mask=row < rows)
-        _finish(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+        _finish(acc, row, tile_col.to(tl.int64) * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
                 ROW_SCALES, COL_SCALES)
 
 
@@ -152,7 +177,8 @@ FP32_TILE = Tile(64, 64, 64, 4, 1.0)  # not on tensor cores, whose TF32 would br
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 on other NVIDIA GPUs
 
 
-def choose_tile(rows: int, cols: int, itemsize: int, capability: int, processors: int) -> Tile:
+def choose_tile(rows: int, cols: int, itemsize: int, even: bool, capability: int,
+                processors: int) -> Tile:
     """The tile with the least time by a model: waves of programs times the work of a tile.
 
     The rates are the share of its own peak that a tile's ratio of products to loaded bytes leaves;
@@ -165,7 +191,9 @@ def choose_tile(rows: int, cols: int, itemsize: int, capability: int, processors
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
         return triton.cdiv(tiles, processors) * tile.rows * tile.cols / tile.rate
 
-    return min((t for t in TILES if stages(t, capability) >= 2), key=time)
+    # loads of single elements keep so many addresses that the larger tiles would spill
+    fits = [t for t in TILES if stages(t, capability) >= 2 and (even or t.rows < 128)]
+    return min(fits, key=time)
 
 
 def stages(tile: Tile, capability: int) -> int:
@@ -225,7 +253,8 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue) -> None:
     (rows, depth), cols = a.shape, b.shape[0]
     left, right = _operand(a), _operand(b)
     capability, processors = launches.capability(a.device), launches.processors(a.device)
-    tile = choose_tile(rows, cols, a.element_size(), capability, processors)
+    tile = choose_tile(rows, cols, a.element_size(), left.even and right.even, capability,
+                       processors)
     bk = tile.depth_bytes // a.element_size()
     y, preact, bias, row_scale, col_scale, row_sums, activation = epilogue
     pointers = (y, preact, bias, row_scale, col_scale, row_sums, rows, cols, depth)
