@@ -76,9 +76,9 @@ def _adamw(table, chunks, scalars, steps, chunk_blocks: tl.int64, one_minus_beta
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
                     one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R, STOCHASTIC,
                     STATE_STOCHASTIC, True)
-        else:
+        else:  # one draw an element: a quarter of the elements needs as many registers
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R, STOCHASTIC,
+                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R // 4, STOCHASTIC,
                     STATE_STOCHASTIC, False)
 
 

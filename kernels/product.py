@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,23 +77,25 @@ def _multiply(a, b, acc, INTERPRET: tl.constexpr):
 def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int64, cols: tl.int64,
              depth: tl.int64, a_stride: tl.int64, b_stride: tl.int64, BM: tl.constexpr,
              BN: tl.constexpr, BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
-             A_EVEN: tl.constexpr, B_EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+             A_VECTOR: tl.constexpr, B_VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
              ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr, INTERPRET: tl.constexpr):
     """One tile a program. a [rows, depth], or TURNED: stored [depth, rows]; b [cols, depth] alike.
 
-    EVEN: the contiguous dimension is a multiple of 16, which keeps masked loads 16 bytes wide though
-    rows and depth are no part of the compiled kernel.
+    VECTOR: a power of two that divides the contiguous dimension and the stride, up to 16. Said so, masked
+    loads are that wide though rows and depth are no part of the compiled kernel.
     """
     integer: tl.constexpr = a.dtype.element_ty == tl.int8
-    tile_row, tile_col = _tile_of(tl.program_id(0), tl.cdiv(rows, BM).to(tl.int32),
-                                  tl.cdiv(cols, BN).to(tl.int32))
-    row = tile_row.to(tl.int64) * BM + tl.arange(0, BM)
-    col = tile_col.to(tl.int64) * BN + tl.arange(0, BN)
+    tile = tl.program_id(0).to(tl.int64)
+    tile_row, tile_col = _tile_of(tile, tl.cdiv(rows, BM), tl.cdiv(cols, BN))
+    row = tile_row * BM + tl.arange(0, BM)
+    col = tile_col * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
-    a_end = depth // 16 * 16 if A_EVEN and not A_TURNED else depth
-    b_end = depth // 16 * 16 if B_EVEN and not B_TURNED else depth
-    row_end = rows // 16 * 16 if A_EVEN and A_TURNED else rows
-    col_end = cols // 16 * 16 if B_EVEN and B_TURNED else cols
+    a_end = depth if A_TURNED else depth // A_VECTOR * A_VECTOR
+    b_end = depth if B_TURNED else depth // B_VECTOR * B_VECTOR
+    row_end = rows // A_VECTOR * A_VECTOR if A_TURNED else rows
+    col_end = cols // B_VECTOR * B_VECTOR if B_TURNED else cols
+    a_stride = a_stride // A_VECTOR * A_VECTOR
+    b_stride = b_stride // B_VECTOR * B_VECTOR
     acc = tl.zeros([BM, BN], tl.int32 if integer else tl.float32)
     sums = tl.zeros([BM], tl.float32)
     if A_TURNED:
@@ -123,7 +126,7 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
             sums += tl.sum(widen(left), axis=1)
     if row_sums is not None and tile_col == 0:
         tl.store(row_sums + row, sums, mask=row < rows)
-    _finish(acc, row, tile_col.to(tl.int64) * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+    _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
             ROW_SCALES, COL_SCALES)
 
 
@@ -134,29 +137,30 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
                 ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr,
                 INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
     """As :func:`_product` with as many programs as multiprocessors, and operands by TMA descriptors."""
-    down = tl.cdiv(rows, BM).to(tl.int32)
-    across = tl.cdiv(cols, BN).to(tl.int32)
+    down, across = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     steps = tl.cdiv(depth, BK).to(tl.int32)
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+    first = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(first, down * across, tl.num_programs(0)):
         tile_row, tile_col = _tile_of(tile, down, across)
+        at_row, at_col = (tile_row * BM).to(tl.int32), (tile_col * BN).to(tl.int32)
         acc = tl.zeros([BM, BN], tl.int32 if INTEGER else tl.float32)
         sums = tl.zeros([BM], tl.float32)
         for step in range(steps):
             if A_TURNED:
-                left = tl.trans(a.load([step * BK, tile_row * BM]))
+                left = tl.trans(a.load([step * BK, at_row]))
             else:
-                left = a.load([tile_row * BM, step * BK])
+                left = a.load([at_row, step * BK])
             if B_TURNED:
-                right = b.load([step * BK, tile_col * BN])
+                right = b.load([step * BK, at_col])
             else:
-                right = tl.trans(b.load([tile_col * BN, step * BK]))
+                right = tl.trans(b.load([at_col, step * BK]))
             acc = _multiply(left, right, acc, INTERPRET)
             if row_sums is not None and tile_col == 0:
                 sums += tl.sum(widen(left), axis=1)
-        row = tile_row.to(tl.int64) * BM + tl.arange(0, BM)
+        row = tile_row * BM + tl.arange(0, BM)
         if row_sums is not None and tile_col == 0:
             tl.store(row_sums + row, sums, mask=row < rows)
-        _finish(acc, row, tile_col.to(tl.int64) * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
+        _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
                 ROW_SCALES, COL_SCALES)
 
 
@@ -171,13 +175,13 @@ class Tile(NamedTuple):
     rate: float
 
 
-TILES = (Tile(128, 256, 128, 8, 1.0), Tile(128, 128, 128, 4, 0.85), Tile(64, 128, 128, 4, 0.6),
+TILES = (Tile(128, 256, 128, 8, 1.0), Tile(128, 128, 128, 8, 0.85), Tile(64, 128, 128, 4, 0.6),
          Tile(64, 32, 128, 4, 0.3))
 FP32_TILE = Tile(64, 64, 64, 4, 1.0)  # not on tensor cores, whose TF32 would break the bound
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 on other NVIDIA GPUs
 
 
-def choose_tile(rows: int, cols: int, itemsize: int, even: bool, capability: int,
+def choose_tile(rows: int, cols: int, itemsize: int, loaded: int, capability: int,
                 processors: int) -> Tile:
     """The tile with the least time by a model: waves of programs times the work of a tile.
 
@@ -187,20 +191,29 @@ def choose_tile(rows: int, cols: int, itemsize: int, even: bool, capability: int
     if itemsize == 4:
         return FP32_TILE
 
+    def fits(tile: Tile) -> bool:
+        if tile.cols == 256 and 0 < capability < 90:  # its sums beside mma.sync's operands spill
+            return False
+        # loads below 4 bytes go through registers, with an address each
+        return stages(tile, loaded, capability) >= 1 and (loaded >= 4 or tile.rows < 128)
+
     def time(tile: Tile) -> float:
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
         return triton.cdiv(tiles, processors) * tile.rows * tile.cols / tile.rate
 
-    # loads of single elements keep so many addresses that the larger tiles would spill
-    fits = [t for t in TILES if stages(t, capability) >= 2 and (even or t.rows < 128)]
-    return min(fits, key=time)
+    return min(filter(fits, TILES), key=time)
 
 
-def stages(tile: Tile, capability: int) -> int:
-    """How many loads of a tile's operands fit in shared memory beside its result, at most 4."""
+def stages(tile: Tile, loaded: int, capability: int) -> int:
+    """How many loads of a tile's operands, ``loaded`` bytes at a time, are in flight, at most 4.
+
+    As many as shared memory holds beside the result; 1 below 4 bytes, the least that copies to shared
+    memory by itself.
+    """
     kib = SHARED.get(capability, 99) if capability else 64
     result = tile.rows * tile.cols * 2 if capability >= 90 else 0  # a persistent program keeps it
-    return int(min(4, (kib * 1024 - result) // ((tile.rows + tile.cols) * tile.depth_bytes)))
+    held = (kib * 1024 - result) // ((tile.rows + tile.cols) * tile.depth_bytes)
+    return int(min(4, held)) if loaded >= 4 else min(1, held)
 
 
 class Epilogue(NamedTuple):
@@ -223,9 +236,9 @@ class Operand(NamedTuple):
     turned: bool
 
     @property
-    def even(self) -> bool:
-        """Whether the contiguous dimension is a multiple of 16."""
-        return self.x.shape[0 if self.turned else 1] % 16 == 0
+    def vector(self) -> int:
+        """The largest power of two, up to 16, that divides the contiguous dimension and the stride."""
+        return math.gcd(16, self.stride, self.x.shape[0 if self.turned else 1])
 
     @property
     def by_tma(self) -> bool:
@@ -253,22 +266,24 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue) -> None:
     (rows, depth), cols = a.shape, b.shape[0]
     left, right = _operand(a), _operand(b)
     capability, processors = launches.capability(a.device), launches.processors(a.device)
-    tile = choose_tile(rows, cols, a.element_size(), left.even and right.even, capability,
-                       processors)
-    bk = tile.depth_bytes // a.element_size()
+    itemsize = a.element_size()
+    by_tma = capability >= 90 and depth > 0 and itemsize < 4 and left.by_tma and right.by_tma
+    loaded = 16 if by_tma else min(left.vector, right.vector) * itemsize
+    tile = choose_tile(rows, cols, itemsize, loaded, capability, processors)
+    bk = tile.depth_bytes // itemsize
     y, preact, bias, row_scale, col_scale, row_sums, activation = epilogue
     pointers = (y, preact, bias, row_scale, col_scale, row_sums, rows, cols, depth)
     constants = dict(
         BM=tile.rows, BN=tile.cols, BK=bk, A_TURNED=left.turned, B_TURNED=right.turned,
         ACTIVATION=activation, ROW_SCALES=row_scale is not None and row_scale.numel() > 1,
         COL_SCALES=col_scale is not None and col_scale.numel() > 1,
-        INTERPRET=launches.INTERPRETED, num_warps=tile.warps, num_stages=stages(tile, capability),
+        INTERPRET=launches.INTERPRETED, num_warps=tile.warps, num_stages=stages(tile, loaded, capability),
     )
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
-    if capability >= 90 and depth > 0 and a.element_size() < 4 and left.by_tma and right.by_tma:
+    if by_tma:
         launch(_persistent, (min(tiles, processors),), left.descriptor(tile.rows, bk),
                right.descriptor(tile.cols, bk), *pointers, INTEGER=a.dtype == torch.int8,
                **constants, **EXACT)
         return
     launch(_product, (tiles,), left.x, right.x, *pointers, left.stride, right.stride,
-           A_EVEN=left.even, B_EVEN=right.even, **constants, **EXACT)
+           A_VECTOR=left.vector, B_VECTOR=right.vector, **constants, **EXACT)

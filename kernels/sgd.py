@@ -61,9 +61,9 @@ def _sgd(table, chunks, scalars, steps, chunk_blocks: tl.int64, momentum: tl.flo
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, momentum,
                     one_minus_dampening, weight_decay, seed_low, seed_high, P, G, B, R, DECAY,
                     NESTEROV, STOCHASTIC, STATE_STOCHASTIC, True)
-        else:
+        else:  # one draw an element: a quarter of the elements needs as many registers
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, momentum,
-                    one_minus_dampening, weight_decay, seed_low, seed_high, P, G, B, R, DECAY,
+                    one_minus_dampening, weight_decay, seed_low, seed_high, P, G, B, R // 4, DECAY,
                     NESTEROV, STOCHASTIC, STATE_STOCHASTIC, False)
 
 

@@ -39,10 +39,10 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 @triton.jit
 def pointer(entry, index: tl.constexpr, dtype: tl.constexpr, ALIGNED_ROW: tl.constexpr):
     """A tensor's address in its table entry."""
-    address = tl.load(entry + index)
+    address = tl.load(entry + index).to(tl.pointer_type(dtype))
     if ALIGNED_ROW:
-        address = address // 16 * 16
-    return address.to(tl.pointer_type(dtype))
+        address = tl.multiple_of(address, 16)
+    return address
 
 
 @triton.jit
