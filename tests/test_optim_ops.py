@@ -7,86 +7,11 @@ import itertools
 import pytest
 import torch
 
-import lowp
 from lowp.ops.adamw import adamw
 from lowp.ops.sgd import sgd
-from lowp.ops.update import scale_shape
+from tests.targets import CPU
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-
-STATES = (*FLOATS, "int8")
-EMPTY = torch.empty(0)
-
-
-def state_like(p: torch.Tensor, kind, codes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A plausible state of any type: codes of every value, or floats (squares where unsigned)."""
-    if kind == "int8":
-        low = 0 if codes == torch.uint8 else -127
-        high = 256 if codes == torch.uint8 else 128
-        return torch.randint(low, high, p.shape, dtype=codes), torch.rand(scale_shape(p))
-    x = torch.randn(p.shape)
-    return (x.square() if codes == torch.uint8 else x).to(kind), EMPTY
-
-
-def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **options):
-    torch.manual_seed(5)
-    pairs = [(state_like(p, kind, torch.int8), state_like(p, kind, torch.uint8)) for p in params]
-    floats = torch.float32 if kind == "int8" else kind
-    return {
-        "params": params, "grads": grads, "exp_avgs": [m for (m, _), _ in pairs],
-        "exp_avg_sqs": [v for _, (v, _) in pairs], "exp_avg_scales": [s for (_, s), _ in pairs],
-        "exp_avg_sq_scales": [s for _, (_, s) in pairs],
-        "max_exp_avg_sqs": [torch.rand(p.shape).to(floats) for p in params] if amsgrad else [],
-        "steps": [torch.tensor(float(i)) for i in range(len(params))],
-        "lr": torch.tensor(3e-2, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
-        "weight_decay": 0.1, "eps": 1e-8, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
-    }
-
-
-def sgd_case(params, grads, kind, rounding="stochastic", **options):
-    torch.manual_seed(5)
-    pairs = [state_like(p, kind, torch.int8) for p in params]
-    return {
-        "params": params, "grads": grads, "momentum_buffers": [m for m, _ in pairs],
-        "momentum_scales": [s for _, s in pairs],
-        "steps": [torch.tensor(float(i)) for i in range(len(params))],
-        "lr": torch.tensor(3e-2, dtype=torch.float64), "momentum": 0.9, "dampening": 0.25,
-        "weight_decay": 0.1, "nesterov": False, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
-    }
-
-
-OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case)}
-
-
-def cloned(case: dict) -> dict:
-    """Every tensor copied with its strides."""
-    def copy(t):
-        if not isinstance(t, torch.Tensor) or 0 in t.stride():  # an expanded gradient is only read
-            return t
-        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-        return other.copy_(t)
-
-    return {k: [copy(t) for t in v] if isinstance(v, list) else copy(v) for k, v in case.items()}
-
-
-def assert_equal(op, case: dict) -> dict:
-    """Runs both backends on copies; every written tensor must agree. Gives the kernel's copies."""
-    kernel, truth = cloned(case), cloned(case)
-    with lowp.backend("cpu"):
-        op(*kernel.values())
-    with lowp.backend("reference"):
-        op(*truth.values())
-    for key, want in truth.items():
-        if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
-            for got, exact in zip(kernel[key], want, strict=True):
-                assert same_bits(got, exact), key
-    return kernel
-
+from tests.updates import OPS, STATES, adamw_case, assert_equal, cloned, sgd_case
 
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -96,7 +21,7 @@ def test_kernel_equals_reference(isa, name, dtype, kind):
     params = [torch.randn(257, 401).to(dtype), torch.randn(5).to(dtype), torch.randn(()).to(dtype)]
     grads = [torch.randn(p.shape) for p in params]
     for rounding in ("nearest", "stochastic"):
-        assert_equal(op, make(params, grads, kind, rounding))
+        assert_equal(CPU, op, make(params, grads, kind, rounding))
 
 
 @pytest.mark.parametrize("kind", STATES)
@@ -108,7 +33,7 @@ def test_special_values(isa, name, kind):
         grid = special.repeat(len(special)).to(dtype)
         grads = [special.repeat_interleave(len(special)), random_bits(3000, seed=2).view(30, 100)]
         params = [grid, random_bits(3000, seed=3).view(30, 100).to(dtype)]
-        assert_equal(op, make(params, grads, kind))
+        assert_equal(CPU, op, make(params, grads, kind))
 
 
 def test_options(threads):
@@ -117,11 +42,11 @@ def test_options(threads):
     for amsgrad, maximize, kind in itertools.product((False, True), (False, True), STATES):
         case = adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize,
                           grad_scale=torch.tensor(1024.0), found_inf=torch.tensor(0.0))
-        assert_equal(adamw, case)
+        assert_equal(CPU, adamw, case)
     for nesterov, kind in itertools.product((False, True), STATES):
-        assert_equal(sgd, sgd_case(params, grads, kind, nesterov=nesterov, dampening=0.0,
+        assert_equal(CPU, sgd, sgd_case(params, grads, kind, nesterov=nesterov, dampening=0.0,
                                    grad_scale=torch.tensor(3.0)))
-    assert_equal(sgd, sgd_case(params, grads, torch.float32, momentum_buffers=[],
+    assert_equal(CPU, sgd, sgd_case(params, grads, torch.float32, momentum_buffers=[],
                                momentum_scales=[], weight_decay=0.0))
 
 
@@ -143,7 +68,7 @@ def test_strides_and_empty_neighbours(name):
     full, empty = torch.randn(40, 50), torch.empty(0, 50)
     for params in ([full, empty], [empty, full], [empty], []):
         case = make(list(params), [torch.randn(p.shape) for p in params], torch.float32)
-        after = assert_equal(op, case)
+        after = assert_equal(CPU, op, case)
         assert [s.item() for s in after["steps"]] == [i + 1 for i in range(len(params))]
     for form, p in strided_forms(torch.randn(64, 129)):
         grads = [torch.ones(()).expand(p.shape)]  # as .sum() gives
@@ -151,8 +76,8 @@ def test_strides_and_empty_neighbours(name):
             with pytest.raises(ValueError, match=rf"{name}: params\[0\] is expanded"):
                 op(*make([p], grads, torch.float32).values())
             continue
-        after = assert_equal(op, make([p.bfloat16()], grads, torch.bfloat16))
-        plain = assert_equal(op, make([p.bfloat16().contiguous()], grads, torch.bfloat16))
+        after = assert_equal(CPU, op, make([p.bfloat16()], grads, torch.bfloat16))
+        plain = assert_equal(CPU, op, make([p.bfloat16().contiguous()], grads, torch.bfloat16))
         assert same_bits(after["params"][0].contiguous(), plain["params"][0])
 
 
