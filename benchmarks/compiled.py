@@ -1,7 +1,7 @@
 """What every Triton kernel becomes on GPUs that need not be here: registers, spills, instructions.
 
-    python -m benchmarks.compiled                 writes results/triton_compiled.json
-    python -m benchmarks.compiled --check         compares it with what the sources give now
+    python -m benchmarks.compiled           writes results/triton_compiled.json
+    python -m benchmarks.compiled --json    prints what it would write
 
 Each case runs an op's launcher while its launches are recorded instead of run, so what is compiled is
 what a GPU would get: the same constants, and the divisibility of these very shapes and pointers.
@@ -31,6 +31,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import compiled_cases
+from benchmarks.triton_ir import narrow_products
 from lowp.kernels.launch import Launch, recorded
 
 RESULT = Path(__file__).resolve().parent / "results" / "triton_compiled.json"
@@ -122,7 +123,8 @@ def rows_of(case: str, target: str) -> list[dict[str, Any]]:
         inspect = _nvidia if gpu.backend == "cuda" else _amd
         rows.append({"case": case, "target": target, "kernel": launch.kernel.fn.__name__.strip("_"),
                      "warps": launch.options.get("num_warps", 4),
-                     "stages": launch.options.get("num_stages", 3), "shared bytes": kernel.metadata.shared, **inspect(kernel)})
+                     "stages": launch.options.get("num_stages", 3), "shared bytes": kernel.metadata.shared, **inspect(kernel),
+                     "32-bit products in addresses": len(narrow_products(kernel.asm["ttir"]))})
     return rows
 
 
@@ -142,23 +144,36 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def keys_of(case: str, target: str, tokens: Iterable[int]) -> set[tuple[str, str]]:
+    """Kernels, each with what Triton keeps apart, that ``case`` launches over all these token counts."""
+    gpu = TARGETS[target]
+    found = set()
+    for count in tokens:
+        with recorded(gpu.arch) as launches:
+            compiled_cases.BY_TOKENS[case](count)
+        found |= {(launch.kernel.fn.__name__, bind(launch, gpu).key) for launch in launches}
+    return found
+
+
 def main() -> int:
-    """Write the table, or print what differs from it."""
+    """Write the table; with ``--json`` print what would be written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", choices=TARGETS)
-    parser.add_argument("--case", action="append", choices=compiled_cases.CASES)
-    parser.add_argument("--print", action="store_true", help="print the rows and write nothing")
+    parser.add_argument("--json", action="store_true", help="print the table and write nothing")
+    parser.add_argument("--keys", action="store_true", help="print how many kernels 257 shapes need")
     options = parser.parse_args()
-    rows = table(options.case or compiled_cases.CASES, options.target or TARGETS)
-    if options.print or options.case or options.target:
-        for row in rows:
-            print(json.dumps(row))
+    if options.keys:
+        print(json.dumps({case: [name for name, _ in keys_of(case, "sm_90", range(1, 258))]
+                          for case in compiled_cases.BY_TOKENS}))
+        return 0
+    found = {"triton": triton.__version__, "sources": source_hash(),
+             "rows": table(compiled_cases.CASES, TARGETS)}
+    if options.json:
+        print(json.dumps(found))
         return 0
     RESULT.parent.mkdir(exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps({"triton": triton.__version__, "sources": source_hash()})[1:-1]
-    RESULT.write_text(f"{{{head},\n \"rows\": [\n  {lines}\n ]}}\n")
-    print(f"{len(rows)} kernels in {RESULT}")
+    rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
+    RESULT.write_text(f"{json.dumps(found)[:-1]},\n \"rows\": [\n  {rows}\n ]}}\n")
+    print(f"wrote {RESULT}")
     return 0
 
 

@@ -122,3 +122,29 @@ CASES: dict[str, Case] = {
     "sgd bf16 stochastic, int8 states": _sgd(BF16, "int8", "stochastic"),
     "sgd bf16 stochastic, bf16 states": _sgd(BF16, BF16, "stochastic"),
 }
+
+
+def _tokens(op: str, *arguments: object, dtype: torch.dtype = BF16) -> Callable[[int], object]:
+    """A call of ``op`` on [tokens, FEATURES], for the arguments that follow."""
+    return lambda tokens: _run(op, torch.empty(tokens, FEATURES, dtype=dtype), *arguments)
+
+
+_W = torch.empty(FEATURES, FEATURES, dtype=BF16)
+BY_TOKENS: dict[str, Callable[[int], object]] = {
+    **{f"quantize {g}": _tokens("quantize", g, 128, "stochastic", 1, STEP, 2, 4, 0)
+       for g in ("tensor", "row", "column", "block")},
+    "quantize_row_col": _tokens("quantize_row_col", "stochastic", 1, STEP, 2, 6, 7, 0),
+    "dequantize": lambda tokens: _run("dequantize", torch.empty(tokens, FEATURES, dtype=torch.int8),
+                                      torch.empty(tokens, 1), "row", 0, BF16),
+    "activation_grad": lambda tokens: _run("activation_grad", *[torch.empty(tokens, FEATURES)] * 2,
+                                           "gelu"),
+    "bias_grad": _tokens("bias_grad"),
+    "linear": _tokens("linear", _W, None, "none", BF16, False),
+    "linear_dgrad": _tokens("linear_dgrad", _W, BF16),
+    "linear_wgrad": lambda tokens: _run("linear_wgrad", *[torch.empty(tokens, FEATURES, dtype=BF16)]
+                                        * 2, True, BF16),
+    "scaled_mm": lambda tokens: _run("scaled_mm", torch.empty(tokens, FEATURES, dtype=torch.int8),
+                                     _W.new_empty(_W.shape, dtype=torch.int8), torch.empty(1),
+                                     torch.empty(FEATURES), None, "none", BF16, False),
+}
+"""Calls for any number of tokens, which must not be part of what Triton compiles."""

@@ -140,8 +140,9 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
     down, across = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     steps = tl.cdiv(depth, BK).to(tl.int32)
     first = tl.program_id(0).to(tl.int64)
-    for tile in tl.range(first, down * across, tl.num_programs(0)):
-        tile_row, tile_col = _tile_of(tile, down, across)
+    programs = tl.num_programs(0).to(tl.int64)
+    for turn in range(tl.cdiv(down * across - first, programs)):
+        tile_row, tile_col = _tile_of(first + turn * programs, down, across)
         at_row, at_col = (tile_row * BM).to(tl.int32), (tile_col * BN).to(tl.int32)
         acc = tl.zeros([BM, BN], tl.int32 if INTEGER else tl.float32)
         sums = tl.zeros([BM], tl.float32)
