@@ -123,6 +123,16 @@ CASES: dict[str, Case] = {
     "sgd bf16 stochastic, bf16 states": _sgd(BF16, BF16, "stochastic"),
 }
 
+EVERYWHERE = (
+    "quantize tensor stochastic bf16", "quantize row stochastic bf16",
+    "quantize column stochastic bf16", "quantize row stochastic bf16, 32768 columns",
+    "quantize_row_col stochastic bf16", "dequantize row bf16", "activation_grad gelu bf16",
+    "bias_grad bf16", "linear gelu bf16, pre-activation saved", "linear gradients bf16",
+    "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
+    "sgd bf16 stochastic, int8 states",
+)
+"""Each kernel once, in its richest form: compiled for every target, the other cases for sm_90 alone."""
+
 
 def _tokens(op: str, *arguments: object, dtype: torch.dtype = BF16) -> Callable[[int], object]:
     """A call of ``op`` on [tokens, FEATURES], for the arguments that follow."""

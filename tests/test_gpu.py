@@ -1,0 +1,170 @@
+"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its own NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import lowp
+from lowp.ops.activation_grad import activation_grad
+from lowp.ops.adamw import adamw
+from lowp.ops.dequantize import dequantize
+from lowp.ops.quantize import quantize
+from lowp.ops.quantize_row_col import quantize_row_col
+from lowp.ops.sgd import sgd
+from tests import updates
+from tests.targets import REFERENCE, Target, moved
+from tests.tensors import FLOATS, same_bits
+
+pytestmark = pytest.mark.gpu
+FAR = 2**31 + 4096  # elements: an int32 offset wraps
+
+
+def quantize_on(x: torch.Tensor, granularity: str, step: torch.Tensor):
+    return quantize(x, granularity, 64, "stochastic", 1, step, 2, 4, 0)
+
+
+@pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
+def test_a_side_stream_behind_a_busy_kernel(gpu_target: Target, granularity):
+    """A launch on another stream than torch's current one would read x before it is written."""
+    x = torch.randn(512, 512)
+    want = REFERENCE.run(quantize_on, x, granularity, torch.tensor(3))
+    source, late = x.cuda(), torch.zeros(512, 512, device="cuda")
+    step, side = torch.tensor(3).cuda(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with lowp.backend(gpu_target.backend), torch.cuda.stream(side):
+        quantize_on(late, granularity, step)  # compiled before the wait
+        torch.cuda._sleep(200_000_000)
+        late.copy_(source)
+        got = quantize_on(late, granularity, step)
+    side.synchronize()
+    assert all(map(same_bits, moved(got, "cpu"), want))
+
+
+def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
+    x, step = torch.randn(64, 256), torch.ones((), dtype=torch.int64, device="cuda")
+    static = x.cuda()
+    with lowp.backend(gpu_target.backend):
+        quantize_on(static, "row", step)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.add_(1)
+            codes, _ = quantize_on(static, "row", step)
+    seen = []
+    for replay in range(3):
+        graph.replay()
+        seen.append(codes.cpu())
+        want = REFERENCE.run(quantize_on, x, "row", torch.tensor(replay + 2))
+        assert same_bits(seen[-1], want[0])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))
+@pytest.mark.parametrize("name", updates.OPS)
+def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name, kind):
+    """Three replays with a changing rate: steps, noise and lr are read on the device."""
+    op, make = updates.OPS[name]
+    params = [torch.randn(40, 256).bfloat16(), torch.randn(300).bfloat16()]
+    case = make(params, [torch.randn(p.shape) for p in params], kind,
+                found_inf=torch.tensor(0.0), grad_scale=torch.tensor(2.0))
+    device = dict(zip(case, moved(list(updates.cloned(case).values()), "cuda"), strict=True))
+    rates = (3e-2, 1e-2, 2e-3)
+    with lowp.backend(gpu_target.backend):
+        op(*updates.cloned(device).values())  # compiled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            op(*device.values())
+    for rate in rates:
+        device["lr"].fill_(rate)
+        graph.replay()
+        case = updates.run(REFERENCE, op, {**case, "lr": torch.tensor(rate, dtype=torch.float64)})
+    for key, want in case.items():
+        if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
+            assert all(map(same_bits, moved(device[key], "cpu"), want)), key
+
+
+def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
+    params, grads = [torch.randn(300).bfloat16()], [torch.randn(300)]
+    case = updates.sgd_case(params, grads, torch.bfloat16, found_inf=torch.tensor(0.0))
+    device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+    with lowp.backend(gpu_target.backend):
+        sgd(*updates.cloned(device).values())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sgd(*device.values())
+    for found in (1.0, 0.0):
+        before, step = device["params"][0].clone(), device["steps"][0].item()
+        device["found_inf"].fill_(found)
+        graph.replay()
+        assert same_bits(device["params"][0].cpu(), before.cpu()) == (found == 1.0)
+        assert device["steps"][0].item() == step + 1 - found
+
+
+@pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
+def test_beyond_2_31_elements(gpu_target: Target, granularity):
+    """The last rows, whose offsets no int32 holds, have the codes and scales that they have alone."""
+    cols = 4096
+    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(2, cols).bfloat16()
+    x[-2:] = tail.cuda()
+    with lowp.backend(gpu_target.backend):
+        codes, scale = quantize_on(x, granularity, torch.tensor(3))
+        offset = (x.shape[0] - 2) * cols
+        back = dequantize(codes, scale, granularity, 64, torch.bfloat16)
+    want = REFERENCE.run(quantize, tail, granularity, 64, "stochastic", 1, torch.tensor(3), 2, 4,
+                         offset)
+    whole = scale if granularity in ("tensor", "column") else scale[-2:]
+    assert same_bits(codes[-2:].cpu(), want[0]) and same_bits(whole.cpu(), want[1])
+    again = REFERENCE.run(dequantize, want[0], want[1], granularity, 64, torch.bfloat16)
+    assert same_bits(back[-2:].cpu(), again)
+
+
+def test_turned_codes_beyond_2_31_elements(gpu_target: Target):
+    cols = 4096
+    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(2, cols).bfloat16()
+    x[-2:] = tail.cuda()
+    with lowp.backend(gpu_target.backend):
+        got = quantize_row_col(x, "nearest", 1, None, 2, 6, 7, 0)
+    want = REFERENCE.run(quantize_row_col, tail, "nearest", 1, None, 2, 6, 7, 0)
+    assert same_bits(got[0][-2:].cpu(), want[0]) and same_bits(got[1][-2:].cpu(), want[1])
+    assert same_bits(got[2][:, -2:].cpu(), want[2]) and same_bits(got[3].cpu(), want[3])
+
+
+def test_an_update_beyond_2_31_elements(gpu_target: Target):
+    p, g = (torch.zeros(FAR, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    tail, slope = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
+    p[-512:], g[-512:] = tail.cuda(), slope.cuda()
+    options = {"momentum_buffers": [], "momentum_scales": []}
+    case = updates.sgd_case([tail], [slope], torch.float32, offsets=[FAR - 512], **options)
+    want = updates.run(REFERENCE, sgd, case)
+    device = {**case, "params": [p], "grads": [g], "offsets": [0],
+              "steps": moved(case["steps"], "cuda"), "lr": case["lr"].cuda()}
+    with lowp.backend(gpu_target.backend):
+        sgd(*device.values())
+    assert same_bits(p[-512:].cpu(), want["params"][0])
+
+
+def test_the_gpu_s_own_nan(gpu_target: Target):
+    """0/0 on an NVIDIA GPU is 0x7FFFFFFF, which the usual stochastic rounding turns into -0."""
+    zero = torch.zeros(64, 256, device="cuda")
+    nan = zero / zero
+    with lowp.backend(gpu_target.backend):
+        for dtype in FLOATS:
+            x = nan.to(dtype)
+            codes, scale = quantize_on(x, "row", torch.tensor(3))
+            assert not codes.any() and scale.isnan().all()
+            assert activation_grad(x, torch.ones_like(x), "gelu").isnan().all()
+            case = updates.adamw_case([x.cpu()], [torch.zeros(x.shape)], dtype)
+            device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+            device["params"][0].copy_(x)
+            adamw(*device.values())
+            assert device["params"][0].isnan().all()
+            for bits in (0x7FFFFFFF, -1):
+                p = torch.full((64,), bits, dtype=torch.int32).view(torch.float32)
+                case = updates.sgd_case([torch.zeros(64).to(dtype)], [p], torch.float32)
+                after = updates.run(gpu_target, sgd, case)
+                assert same_bits(after["params"][0], updates.run(REFERENCE, sgd, case)["params"][0])
+                assert math.isnan(after["params"][0][0].item())
