@@ -3,8 +3,8 @@
     python -m benchmarks.compiled           writes results/triton_compiled.json
     python -m benchmarks.compiled --json    prints what it would write
 
-Each case runs an op's launcher while its launches are recorded instead of run, so what is compiled is
-what a GPU would get: the same constants, and the divisibility of these very shapes and pointers.
+Each case runs an op's launcher while its launches are recorded instead of run, so what is compiled
+is what a GPU would get: the same constants, the divisibility of these very shapes and pointers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+from lowp.kernels.launch import Launch, recorded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import compiled_cases
 from benchmarks.triton_ir import narrow_products
-from lowp.kernels.launch import Launch, recorded
 
 RESULT = Path(__file__).resolve().parent / "results" / "triton_compiled.json"
 KERNELS = Path(compiled_cases.__file__).resolve().parent.parent / "kernels"
@@ -123,7 +123,8 @@ def rows_of(case: str, target: str) -> list[dict[str, Any]]:
         inspect = _nvidia if gpu.backend == "cuda" else _amd
         rows.append({"case": case, "target": target, "kernel": launch.kernel.fn.__name__.strip("_"),
                      "warps": launch.options.get("num_warps", 4),
-                     "stages": launch.options.get("num_stages", 3), "shared bytes": kernel.metadata.shared, **inspect(kernel),
+                     "stages": launch.options.get("num_stages", 3),
+                     "shared bytes": kernel.metadata.shared, **inspect(kernel),
                      "32-bit products in addresses": len(narrow_products(kernel.asm["ttir"]))})
     return rows
 
@@ -146,7 +147,7 @@ def source_hash() -> str:
 
 
 def keys_of(case: str, target: str, tokens: Iterable[int]) -> set[tuple[str, str]]:
-    """Kernels, each with what Triton keeps apart, that ``case`` launches over all these token counts."""
+    """Kernels, with what Triton tells apart, that ``case`` launches over all these token counts."""
     gpu = TARGETS[target]
     found = set()
     for count in tokens:
@@ -160,7 +161,7 @@ def main() -> int:
     """Write the table; with ``--json`` print what would be written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the table and write nothing")
-    parser.add_argument("--keys", action="store_true", help="print how many kernels 257 shapes need")
+    parser.add_argument("--keys", action="store_true", help="print the kernels of 257 shapes")
     parser.add_argument("--hash", action="store_true", help="print the hash of the sources")
     options = parser.parse_args()
     if options.hash:

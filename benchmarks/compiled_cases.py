@@ -1,4 +1,4 @@
-"""The launches that benchmarks/compiled.py compiles: every op, in the shapes and types of a real model."""
+"""The launches that benchmarks/compiled.py compiles: every op, in a real model's shapes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ EVERYWHERE = (
     "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
     "sgd bf16 stochastic, int8 states",
 )
-"""Each kernel once, in its richest form: compiled for every target, the other cases for sm_90 alone."""
+"""Each kernel once, in its richest form: compiled for every target, the others for sm_90."""
 
 
 def _tokens(op: str, *arguments: object, dtype: torch.dtype = BF16) -> Callable[[int], object]:

@@ -1,4 +1,4 @@
-"""Reads Triton IR: does a 32-bit product feed an address? Such an offset overflows beyond 2^31 elements."""
+"""Reads Triton IR: does a 32-bit product feed an address? It overflows beyond 2^31 elements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NARROW = re.compile(r":\s*(?:i32|tensor<[\dx]*xi32>)")
 def narrow_products(ir: str) -> list[str]:
     """The lines of 32-bit multiplications whose result reaches the offset of a ``tt.addptr``.
 
-    Values are followed backwards through arithmetic, loops and branches; a loaded value ends the way.
+    Values are followed backwards through arithmetic, loops and branches, up to loaded ones.
     """
     sources: dict[str, list[str]] = defaultdict(list)
     products: dict[str, str] = {}

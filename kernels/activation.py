@@ -1,10 +1,9 @@
-"""Activations and their derivatives in fp32, operation by operation as lowp/reference/activation.py."""
+"""Activations and their derivatives in fp32, step by step as lowp/reference/activation.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from lowp.kernels.numerics import MAGIC, MAGIC_BITS, bits_float, canonical_nan, float_bits
 
 
@@ -63,7 +62,7 @@ def _normal_cdf(x, gaussian):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """``ACTIVATION`` of fp32 ``z``; beyond +-126 every one equals its limit, so Inf * 0 never arises."""
+    """``ACTIVATION`` of fp32 ``z``; below -126 each equals its limit, so Inf * 0 never arises."""
     c = tl.where(z < -126.0, -126.0, z)
     if ACTIVATION == "relu":
         y = tl.where(z < 0.0, 0.0, z)

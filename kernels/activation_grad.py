@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.activation import activation_gradient
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import to_nearest, widen
+from torch import Tensor
 
 TILE = 4096
 

@@ -6,14 +6,26 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import canonical_nan, widen
 from lowp.kernels.update import (
-    ALIGNED, BLOCKS_AT_ONCE, OFFSET, ROW, TENSOR, TYPES, Member, advance, batches, load_state,
-    pointer, span, store_float, store_state,
+    ALIGNED,
+    BLOCKS_AT_ONCE,
+    OFFSET,
+    ROW,
+    TENSOR,
+    TYPES,
+    Member,
+    advance,
+    batches,
+    load_state,
+    pointer,
+    span,
+    store_float,
+    store_state,
 )
+from torch import Tensor
+
 from lowp.ops import update
 
 
@@ -29,13 +41,13 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
     tensor, offset = tl.load(entry + TENSOR), tl.load(entry + OFFSET)
     step_size, inv_sqrt_bc2 = tl.load(scalars), tl.load(scalars + 1)
     decay, unscale = tl.load(scalars + 2), tl.load(scalars + 3)
-    CODES: tl.constexpr = M == tl.int8 or V == tl.uint8
+    CODES: tl.constexpr = tl.int8 == M or tl.uint8 == V
     for i in range(first, last, R):
         block, start, at, mask = span(entry, i, R, ALIGNED_ROW, CODES)
         g = widen(tl.load(grad + at, mask=mask, other=0)) * unscale
         m = load_state(exp_avg, m_scales, block, at, mask)
         v = load_state(exp_avg_sq, v_scales, block, at, mask)
-        if V == tl.uint8:
+        if tl.uint8 == V:
             v = v * v
         m = canonical_nan(m + (g - m) * one_minus_beta1)
         v = canonical_nan(v + (g * g - v) * one_minus_beta2)
@@ -53,7 +65,7 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
                     STOCHASTIC, ALIGNED_ROW)
         store_state(m, exp_avg, m_scales, block, at, mask, start, offset, seed_low, seed_high, now,
                     tensor, 1, STATE_STOCHASTIC, ALIGNED_ROW)
-        if V == tl.uint8:
+        if tl.uint8 == V:
             v = tl.sqrt_rn(v)
         store_state(v, exp_avg_sq, v_scales, block, at, mask, start, offset, seed_low, seed_high,
                     now, tensor, 2, STATE_STOCHASTIC, ALIGNED_ROW)
@@ -78,8 +90,8 @@ def _adamw(table, chunks, scalars, steps, chunk_blocks: tl.int64, one_minus_beta
                     STATE_STOCHASTIC, True)
         else:  # one draw an element: a quarter of the elements needs as many registers
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R // 4, STOCHASTIC,
-                    STATE_STOCHASTIC, False)
+                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R // 4,
+                    STOCHASTIC, STATE_STOCHASTIC, False)
 
 
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],

@@ -1,16 +1,15 @@
-"""bias_grad on GPUs: sums of 64 rows side by side, then the sums of these, in the contract's order."""
+"""bias_grad on GPUs: sums of 64 rows side by side, then of these sums, in the contract's order."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import widen
+from torch import Tensor
 
-GROUPS, COLS = 4, 256  # 64-row groups and columns of a program: a warp reads 512 bytes of a bf16 row
+GROUPS, COLS = 4, 256  # groups of 64 rows, columns: a warp reads 512 bytes of a bf16 row
 
 
 @triton.jit(do_not_specialize=["rows"])

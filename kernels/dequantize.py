@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, launch, power_of_two
 from lowp.kernels.numerics import to_nearest
+from torch import Tensor
+
 from lowp.ops.library import GRANULARITIES, rows_cols
 
 TILE = 4096
@@ -34,7 +34,8 @@ def _dequantize(codes, scale, y, rows: tl.int64, cols: tl.int64, block: tl.int64
     elif GRANULARITY == 2:
         s = tl.load(scale + col, mask=col < cols, other=0.0)[None, :]
     else:
-        s = tl.load(scale + (row * per_row)[:, None] + (col // block)[None, :], mask=mask, other=0.0)
+        group = (row * per_row)[:, None] + (col // block)[None, :]
+        s = tl.load(scale + group, mask=mask, other=0.0)
     tl.store(y + at, to_nearest(q * s, y.dtype.element_ty), mask=mask)
 
 

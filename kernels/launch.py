@@ -1,7 +1,7 @@
 """The one way in which a kernel starts: on its tensors' device, on torch's current stream.
 
-Every launch goes through :func:`launch`, which can also record instead of run, so that what would be
-launched on a GPU can be compiled and inspected without one (benchmarks/compiled.py).
+Every launch goes through :func:`launch`, which can also record instead of run, so that what a GPU
+would run can be compiled and inspected without one (benchmarks/compiled.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 
 EXACT = {"enable_fp_fusion": False}
-"""Options of a kernel that keeps the contract bit for bit: a fused a*b+c has other bits. Triton reads
-``enable_fp_fusion`` as a launch option (3.6 to 3.9) and hands ptxas ``--fmad=false``."""
+"""Options of a kernel that keeps the contract bit for bit: a fused a*b+c has others. It is a launch
+option of Triton 3.6 to 3.9, which then compile without contraction, ptxas included."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels are interpreted, on CPU tensors (``TRITON_INTERPRET=1`` before the import)."""
@@ -44,7 +44,7 @@ _recordings: list[_Recording] = []
 
 @contextmanager
 def recorded(capability: int, processors: int = 132) -> Iterator[list[Launch]]:
-    """Collects launches instead of running them, as a GPU of ``capability`` (90: sm_90) would see them."""
+    """Collects launches instead of running them, as for a GPU of ``capability`` (90: sm_90)."""
     recording = _Recording([], capability, processors)
     _recordings.append(recording)
     try:
@@ -123,12 +123,14 @@ class KeyArguments(NamedTuple):
     role: int
 
 
-def key_arguments(x: Tensor, seed: int, step: Tensor | None, tensor: int, role: int) -> KeyArguments:
+def key_arguments(x: Tensor, seed: int, step: Tensor | None, tensor: int,
+                  role: int) -> KeyArguments:
     """The arguments for a kernel on ``x``'s device; a step elsewhere is read on the host."""
     bits = seed & (2**64 - 1)
     on_device = step is not None and step.device == x.device
     now = 1 if step is None or on_device else int(step.item())
-    return KeyArguments(bits & 0xFFFFFFFF, bits >> 32, step if on_device else None, now, tensor, role)
+    return KeyArguments(bits & 0xFFFFFFFF, bits >> 32, step if on_device else None, now, tensor,
+                        role)
 
 
 KEY = ("seed_low", "seed_high", "step", "tensor", "role", "offset")

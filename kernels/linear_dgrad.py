@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lowp.kernels.product import Epilogue, product
+from torch import Tensor
 
 
 def linear_dgrad(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,11 @@
-"""linear_wgrad on GPUs: one product, whose first column of tiles sums the bias gradient as it reads."""
+"""linear_wgrad on GPUs: one product; its first column of tiles also sums the bias gradient."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lowp.kernels.bias_grad import bias_grad
 from lowp.kernels.product import Epilogue, product
+from torch import Tensor
 
 
 def linear_wgrad(dy: Tensor, x: Tensor, bias: bool,

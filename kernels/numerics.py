@@ -1,7 +1,7 @@
 """The arithmetic of every kernel, as csrc/numerics/ has it: random bits, rounding, scales, codes.
 
-fp32 goes in after the load, since the interpreter's bf16 arithmetic is wrong, and every rounding is by
-integers, so that the interpreter and each GPU give the same bits. Kernels that call these need
+Everything is fp32 after the load, since the interpreter's bf16 arithmetic is wrong, and roundings
+are by integers, so that the interpreter and each GPU give the same bits. Kernels with these need
 ``enable_fp_fusion=False`` (kernels/launch.py: EXACT), for a fused a*b+c has other bits.
 """
 
@@ -31,7 +31,7 @@ def bits_float(u):
 
 @triton.jit
 def widen(x):
-    """A loaded float as fp32, exactly; bf16 by its bits, for the interpreter has its subnormals wrong."""
+    """A loaded float as fp32; bf16 by its bits, for the interpreter has its subnormals wrong."""
     if x.dtype == tl.bfloat16:
         y = bits_float(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     else:
@@ -53,7 +53,7 @@ def canonical_nan(x):
 
 @triton.jit
 def philox(g, seed_low, seed_high, step, tensor, role: tl.constexpr):
-    """The four output words of the int64 groups ``g`` (Salmon et al., SC'11, section 3.3; 7 rounds).
+    """The four output words of int64 groups ``g`` (Salmon et al., SC'11, section 3.3; 7 rounds).
 
     Written out, as ``tl.philox`` is another generator when a counter is 64 bits wide.
     """
@@ -140,7 +140,7 @@ def fp16_code_sr(x, draw):
     a = u & 0x7FFFFFFF
     e = a >> 23
     normal = (a - (112 << 23) + (draw >> 3)) >> 13
-    m = (a & 0x007FFFFF) | tl.where(e > 0, 0x00800000, 0)  # |x| = m 2^(e - 150), m / 2^(126-e) units
+    m = (a & 0x007FFFFF) | tl.where(e > 0, 0x00800000, 0)  # |x| = m 2^(e-150), m / 2^(126-e) units
     wide = 126 - tl.minimum(tl.maximum(e, 102), 112)
     lowest = tl.maximum(e, 1)
     below = tl.where(lowest < 102, 102 - lowest, 0)

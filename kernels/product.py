@@ -1,4 +1,4 @@
-"""The matrix product behind linear, its two gradients and scaled_mm: tiles, their choice, the epilogue."""
+"""The matrix product of linear, its gradients and scaled_mm: tiles, their choice, the epilogue."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from lowp.kernels import launch as launches
 from lowp.kernels.activation import activate
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import canonical_nan, to_nearest, widen
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from lowp.ops.product import strided
 
-RASTER = tl.constexpr(8)  # rows of tiles that programs walk down together, so that they share operands
+RASTER = tl.constexpr(8)  # rows of tiles that programs walk down together, to share operands
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _store(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
 @triton.jit
 def _finish(acc, row, first, rows, cols, bias, row_scale, col_scale, y, preact,
             ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
-    """A tile from column ``first`` on, in halves down to 64 columns, which fit in registers beside it."""
+    """A tile from column ``first`` on, in halves down to 64 columns, as registers have room for."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     if N > 64:
@@ -81,8 +81,8 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
              ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr, INTERPRET: tl.constexpr):
     """One tile a program. a [rows, depth], or TURNED: stored [depth, rows]; b [cols, depth] alike.
 
-    VECTOR: a power of two that divides the contiguous dimension and the stride, up to 16. Said so, masked
-    loads are that wide though rows and depth are no part of the compiled kernel.
+    VECTOR: a power of two that divides the contiguous dimension and the stride, up to 16. Said so,
+    masked loads are that wide though rows and depth are no part of the compiled kernel.
     """
     integer: tl.constexpr = a.dtype.element_ty == tl.int8
     tile = tl.program_id(0).to(tl.int64)
@@ -109,7 +109,8 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
     for first in range(0, depth, BK):
         k = first + inner.to(tl.int64)
         if A_TURNED:
-            left = tl.trans(tl.load(a, mask=(k < a_end)[:, None] & (row < row_end)[None, :], other=0))
+            left = tl.load(a, mask=(k < a_end)[:, None] & (row < row_end)[None, :], other=0)
+            left = tl.trans(left)
             a += BK * a_stride
         else:
             left = tl.load(a, mask=(row < row_end)[:, None] & (k < a_end)[None, :], other=0)
@@ -136,7 +137,7 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
                 BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
                 ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr,
                 INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
-    """As :func:`_product` with as many programs as multiprocessors, and operands by TMA descriptors."""
+    """As :func:`_product`, one program a multiprocessor at most, operands by TMA descriptors."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     steps = tl.cdiv(depth, BK).to(tl.int32)
     first = tl.program_id(0).to(tl.int64)
@@ -161,8 +162,8 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
         row = tile_row * BM + tl.arange(0, BM)
         if row_sums is not None and tile_col == 0:
             tl.store(row_sums + row, sums, mask=row < rows)
-        _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
-                ROW_SCALES, COL_SCALES)
+        _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact,
+                ACTIVATION, ROW_SCALES, COL_SCALES)
 
 
 class Tile(NamedTuple):
@@ -179,7 +180,7 @@ class Tile(NamedTuple):
 TILES = (Tile(128, 256, 128, 8, 1.0), Tile(128, 128, 128, 8, 0.85), Tile(64, 128, 128, 4, 0.6),
          Tile(64, 32, 128, 4, 0.3))
 FP32_TILE = Tile(64, 64, 64, 4, 1.0)  # not on tensor cores, whose TF32 would break the bound
-SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; 99 on other NVIDIA GPUs
+SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KiB of a program; other NVIDIA: 99
 
 
 def choose_tile(rows: int, cols: int, itemsize: int, loaded: int, capability: int,
@@ -208,8 +209,8 @@ def choose_tile(rows: int, cols: int, itemsize: int, loaded: int, capability: in
 def stages(tile: Tile, loaded: int, capability: int) -> int:
     """How many loads of a tile's operands, ``loaded`` bytes at a time, are in flight, at most 4.
 
-    As many as shared memory holds beside the result; 1 below 4 bytes, the least that copies to shared
-    memory by itself.
+    As many as shared memory holds beside the result; 1 below 4 bytes, the least that is copied to
+    shared memory by itself.
     """
     kib = SHARED.get(capability, 99) if capability else 64
     result = tile.rows * tile.cols * 2 if capability >= 90 else 0  # a persistent program keeps it
@@ -230,7 +231,7 @@ class Epilogue(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """A matrix whose rows (or, turned, whose columns) are contiguous, and the stride between them."""
+    """A matrix whose rows (turned: whose columns) are contiguous, and the stride between them."""
 
     x: Tensor
     stride: int
@@ -238,7 +239,7 @@ class Operand(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """The largest power of two, up to 16, that divides the contiguous dimension and the stride."""
+        """The largest power of two up to 16 that divides the contiguous dimension and stride."""
         return math.gcd(16, self.stride, self.x.shape[0 if self.turned else 1])
 
     @property
@@ -278,7 +279,8 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue) -> None:
         BM=tile.rows, BN=tile.cols, BK=bk, A_TURNED=left.turned, B_TURNED=right.turned,
         ACTIVATION=activation, ROW_SCALES=row_scale is not None and row_scale.numel() > 1,
         COL_SCALES=col_scale is not None and col_scale.numel() > 1,
-        INTERPRET=launches.INTERPRETED, num_warps=tile.warps, num_stages=stages(tile, loaded, capability),
+        INTERPRET=launches.INTERPRETED, num_warps=tile.warps,
+        num_stages=stages(tile, loaded, capability),
     )
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
     if by_tma:

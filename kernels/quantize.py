@@ -1,14 +1,14 @@
-"""quantize on GPUs: one read of each row or block held in registers; two of a tensor or its columns."""
+"""quantize on GPUs: one read of rows or blocks held in registers, two of tensors and columns."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, KEY, KeyArguments, key_arguments, launch, power_of_two
 from lowp.kernels.numerics import draws, int8_code, int8_scale, magnitude_bits, widen
+from torch import Tensor
+
 from lowp.ops.library import rows_cols
 from lowp.ops.quantize import outputs
 
@@ -56,7 +56,7 @@ def _long_groups(x, codes, scale, groups: tl.int64, per_row: tl.int64, cols: tl.
                  width: tl.int64, seed_low: tl.int64, seed_high: tl.int64, step_pointer,
                  step: tl.int64, tensor: tl.int64, role: tl.int64, offset: tl.int64,
                  C: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr):
-    """One row or block, tile after tile: for its scale, then backwards, out of the cache, for its codes."""
+    """One row or block by tiles: for its scale, then backwards, out of the cache, for its codes."""
     group = tl.program_id(0).to(tl.int64)
     before = group % per_row * width
     start = group // per_row * cols + before
@@ -185,7 +185,8 @@ def _by_tensor(x: Tensor, codes: Tensor, scale: Tensor, amax: Tensor, key: KeyAr
     n, even = x.numel(), x.shape[-1] % 16 == 0
     launch(_tensor_amax, (triton.cdiv(n, TILE),), x, amax, n, C=TILE, EVEN=even, num_warps=8,
            **EXACT)
-    launch(_by_amax, (max(1, triton.cdiv(n, TILE)),), x, codes, scale, amax, 1, x.shape[-1], n, *key, offset,
+    launch(_by_amax, (max(1, triton.cdiv(n, TILE)),), x, codes, scale, amax, 1, x.shape[-1], n,
+           *key, offset,
            R=1, C=TILE, COLUMN=False, EVEN=even, STOCHASTIC=stochastic, GROUPED=offset % 8 == 0,
            num_warps=8, **EXACT)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, KEY, key_arguments, launch
 from lowp.kernels.numerics import draws, int8_scale, magnitude_bits, widen
 from lowp.kernels.quantize import scaled_codes
+from torch import Tensor
+
 from lowp.ops.quantize_row_col import outputs
 
 ROWS, COLS = 64, 64  # a tile: 16 bytes of codes a thread, in both directions

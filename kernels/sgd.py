@@ -6,14 +6,26 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import canonical_nan, widen
 from lowp.kernels.update import (
-    ALIGNED, BLOCKS_AT_ONCE, OFFSET, ROW, TENSOR, TYPES, Member, advance, batches, load_state,
-    pointer, span, store_float, store_state,
+    ALIGNED,
+    BLOCKS_AT_ONCE,
+    OFFSET,
+    ROW,
+    TENSOR,
+    TYPES,
+    Member,
+    advance,
+    batches,
+    load_state,
+    pointer,
+    span,
+    store_float,
+    store_state,
 )
+from torch import Tensor
+
 from lowp.ops import update
 
 
@@ -27,7 +39,7 @@ def _blocks(entry, scalars, now, first, last, momentum, one_minus_dampening, wei
     tensor, offset = tl.load(entry + TENSOR), tl.load(entry + OFFSET)
     lr, unscale = tl.load(scalars), tl.load(scalars + 3)
     for i in range(first, last, R):
-        block, start, at, mask = span(entry, i, R, ALIGNED_ROW, B == tl.int8)
+        block, start, at, mask = span(entry, i, R, ALIGNED_ROW, tl.int8 == B)
         p = widen(tl.load(param + at, mask=mask, other=0))
         d = widen(tl.load(grad + at, mask=mask, other=0)) * unscale
         if DECAY:

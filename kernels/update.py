@@ -1,7 +1,7 @@
-"""What the optimizer kernels share: the table of all tensors on the device, its chunks, the scalars.
+"""What the optimizer kernels share: a table of all tensors on the device, its chunks, the scalars.
 
-One launch updates all tensors of the same types. What changes from step to step (steps, lr, the gradient
-scaler's values) is read on the device, so that a CUDA graph replays it with the values of its time.
+One launch updates all tensors of the same types. What changes from step to step (steps, lr, what a
+gradient scaler says) is read on the device, so that a CUDA graph replays with its current values.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lowp.kernels import launch as launches
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import (
-    STATE_BLOCK, decode_state, draws, encode_state, magnitude_bits, state_scale, to_nearest,
-    to_stochastic, widen,
+    STATE_BLOCK,
+    decode_state,
+    draws,
+    encode_state,
+    magnitude_bits,
+    state_scale,
+    to_nearest,
+    to_stochastic,
+    widen,
 )
+from torch import Tensor
+
 from lowp.ops import update
 from lowp.reference.codec import BLOCK
 
@@ -29,8 +36,8 @@ ROW = tl.constexpr(16)  # int64 entries of a tensor in the table
 POINTERS = 7  # the first entries: param, grad, states, scales
 WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP = (tl.constexpr(i) for i in range(7, 14))
 BLOCKS_AT_ONCE = 16 if launches.INTERPRETED else 4
-"""Blocks of 256 that a program updates at a time: 8 elements a thread of 4 warps; the interpreter's time
-is a matter of operations, not of elements."""
+"""Blocks of 256 that a program updates at a time: 8 elements a thread of 4 warps. The interpreter
+is slow by operations, not by elements."""
 LANES = 128  # tensors whose scalars one program computes
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
          torch.int8: tl.int8, torch.uint8: tl.uint8}
@@ -47,7 +54,7 @@ def pointer(entry, index: tl.constexpr, dtype: tl.constexpr, ALIGNED_ROW: tl.con
 
 @triton.jit
 def span(entry, first, R: tl.constexpr, ALIGNED_ROW: tl.constexpr, CODES: tl.constexpr):
-    """R blocks of a tensor from ``first`` on: their numbers, first elements, and what of them exists."""
+    """R blocks of a tensor from ``first`` on: numbers, first elements, elements, which exist."""
     width = tl.load(entry + WIDTH)
     if ALIGNED_ROW:
         width = width // 16 * 16
@@ -126,7 +133,7 @@ def _advance(table, scalars, now, lr_pointer, grad_scale, found_inf, tensors: tl
              ADVANCE: tl.constexpr, MAXIMIZE: tl.constexpr, LANES: tl.constexpr):
     """Count the step of every tensor, unless it is to be skipped (``now`` 0), and compute in fp64
 
-    lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr weight_decay and +-1 / grad_scale, each rounded once.
+    lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr weight_decay, +-1 / grad_scale, rounded once.
     """
     i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = i < tensors
@@ -225,7 +232,7 @@ def _table(packed: bytes, host_steps: bool, device: torch.device) -> Batch:
                  torch.zeros(len(entries), dtype=torch.int64, device=device), steps, sources)
 
 
-_captured: list[Batch] = []  # a CUDA graph replays the copies and reads the tables as long as it lives
+_captured: list[Batch] = []  # a CUDA graph repeats the copies and reads the tables while it lives
 
 
 def batch_of(members: Sequence[Member], counts: Sequence[int] | None) -> Batch:
@@ -255,8 +262,8 @@ def advance(batch: Batch, on_device: bool, lr: Tensor, beta1: float, beta2: floa
            weight_decay, ADVANCE=on_device, MAXIMIZE=maximize, LANES=LANES, num_warps=4, **EXACT)
 
 
-def batches(members: Sequence[Member], found_inf: Tensor | None) -> list[tuple[Batch, bool,
-                                                                             tuple[torch.dtype, ...]]]:
+def batches(members: Sequence[Member],
+            found_inf: Tensor | None) -> list[tuple[Batch, bool, tuple[torch.dtype, ...]]]:
     """Batches of tensors of the same types, whether the device keeps their steps, and the types.
 
     None if steps are kept on the host and ``found_inf`` says to skip: the host then counts none.

@@ -58,7 +58,7 @@ def special_matrix(rows: int = 400) -> Tensor:
 
 def quantize_calls(dtype: torch.dtype, granularity: str, rounding: str,
                    rows: int = 400) -> Iterator[Call]:
-    """Every kind of value, with and without groups that hold NaN or Inf; the draws in and out of step."""
+    """Every kind of value, with and without NaN or Inf in groups; draws in and out of step."""
     x = special_matrix(rows).to(dtype)
     for values in (x, x[:rows]):
         yield quantize, (values, granularity, 64, rounding, 5, STEP, 9, 4, 13)
@@ -85,7 +85,7 @@ def dequantize_calls(granularity: str, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def activation_inputs(size: int) -> Tensor:
-    """Every sign and exponent with many mantissas, a fine grid where the functions bend, specials."""
+    """Every sign and exponent with many mantissas, a fine grid where functions bend, specials."""
     grid = torch.linspace(-20, 20, size + 1)
     return torch.cat([grid, random_bits(size), special_values()])
 
@@ -113,7 +113,7 @@ def bias_grad_inputs(dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def assert_bias_grad(target: Target, dy: Tensor) -> None:
-    """Equal bits but for NaN: which of several payloads an addition passes on is no part of IEEE."""
+    """Equal bits but for NaN: which of several payloads a sum passes on is no part of IEEE."""
     got, want = target.run(bias_grad, dy), REFERENCE.run(bias_grad, dy)
     nan = want.isnan()
     assert torch.equal(got.isnan(), nan) and same_bits(got[~nan], want[~nan])

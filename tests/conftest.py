@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton: its kernels run interpreted here
+if not torch.cuda.is_available():  # before anything imports Triton: interpret its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lowp import native

@@ -1,4 +1,4 @@
-"""Where a kernel family runs in a test: its backend, its device, and how tensors get there and back."""
+"""Where a kernel family runs in a test: its backend, its device, how tensors get there and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lowp
 
 
 def moved(value: Any, device: str) -> Any:
-    """Tensors, alone or in lists, on ``device`` with their strides, offsets and aliases within a list."""
+    """Tensors, alone or in lists, on ``device`` with their strides and offsets."""
     if isinstance(value, (list, tuple)):
         return type(value)(moved(v, device) for v in value)
     if not isinstance(value, torch.Tensor):

@@ -77,7 +77,8 @@ def test_every_kernel_compiles_for_every_target(now):
     ops = {path.stem for path in kernels.glob("*.py")}
     ops -= {"__init__", "launch", "numerics", "activation", "product", "update"}
     ran = " ".join(row["case"] for row in now)
-    assert {op for op in ops if op not in ran} <= {"linear_dgrad", "linear_wgrad"}, "linear gradients"
+    assert {op for op in ops if op not in ran} == {"linear_dgrad", "linear_wgrad"}
+    assert "linear gradients" in ran
 
 
 def test_the_number_of_tokens_makes_no_other_kernel():
@@ -117,7 +118,9 @@ YIELDED = """
 """
 
 
-@pytest.mark.parametrize(("ir", "count"), [(GOOD, 0), (LOOP, 1), (YIELDED, 1),
-                                           (GOOD.replace("%4 = tt.addptr %x, %2", "%4 = tt.addptr %x, %3"), 1)])
+STRAIGHT = GOOD.replace("%4 = tt.addptr %x, %2", "%4 = tt.addptr %x, %3")
+
+
+@pytest.mark.parametrize(("ir", "count"), [(GOOD, 0), (STRAIGHT, 1), (LOOP, 1), (YIELDED, 1)])
 def test_the_lint_finds_narrow_products(ir, count):
     assert len(narrow_products(ir)) == count

@@ -1,4 +1,4 @@
-"""The device kernels, Triton and CUDA, over the case list of the CPU's: equal bits, products in the bound."""
+"""The device kernels, Triton and CUDA, over the CPU's cases: equal bits, products in the bound."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowp.ops.adamw import adamw
+from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
@@ -49,7 +50,7 @@ def test_quantize_shapes_and_strides(target: Target, granularity, rounding):
 def test_quantize_rows_beyond_the_registers(target: Target, granularity):
     x = torch.randn(2, 20_000).bfloat16()
     x[1, 19_999] = 9.0
-    cases.assert_bits(target, cases.quantize, x, granularity, 17_000, "stochastic", 1, None, 2, 4, 8)
+    cases.assert_bits(target, quantize, x, granularity, 17_000, "stochastic", 1, None, 2, 4, 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,4 +1,4 @@
-"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its own NaN."""
+"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its NaN."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
 def test_beyond_2_31_elements(gpu_target: Target, granularity):
-    """The last rows, whose offsets no int32 holds, have the codes and scales that they have alone."""
+    """The last rows, whose offsets no int32 holds, have the codes and scales they have alone."""
     cols = 4096
     x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
     tail = torch.randn(2, cols).bfloat16()

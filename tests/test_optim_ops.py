@@ -13,6 +13,7 @@ from tests.targets import CPU
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
 from tests.updates import OPS, STATES, adamw_case, assert_equal, cloned, sgd_case
 
+
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", OPS)

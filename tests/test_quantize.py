@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lowp
-from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.reference.quantize import round_codes

@@ -129,7 +129,7 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(backend, "_reason", lambda name: "")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with (lowp.backend("triton"),
-          pytest.raises(BackendError, match="quantize: backend 'triton' was asked for a cpu tensor")):
+          pytest.raises(BackendError, match="backend 'triton' was asked for a cpu tensor")):
         lowp.quantize(torch.ones(2, 2))
 
 

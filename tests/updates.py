@@ -66,7 +66,7 @@ def cloned(case: dict) -> dict:
     def copy(t):
         if not isinstance(t, torch.Tensor) or 0 in t.stride():  # an expanded gradient is only read
             return t
-        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         return other.copy_(t)
 
     return {k: [copy(t) for t in v] if isinstance(v, list) else copy(v) for k, v in case.items()}
@@ -83,7 +83,7 @@ def run(target: Target, op, case: dict) -> dict:
 
 
 def assert_equal(target: Target, op, case: dict) -> dict:
-    """Every tensor that the kernel writes must agree with the reference. Returns the kernel's copies."""
+    """Every tensor that the kernel writes must agree with the reference. Gives its copies."""
     kernel, truth = run(target, op, case), run(REFERENCE, op, case)
     for key, want in truth.items():
         if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):

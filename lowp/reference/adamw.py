@@ -78,8 +78,8 @@ def power(base: float, n: int) -> float:
 def scalars(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float]:
     """(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)) in fp64, each rounded once to fp32.
 
-    The power's error is below step 2^-52 of it, so that of 1 - beta^step is below 2^-51 / (1 - beta):
-    under a quarter of an fp32 ulp for beta <= 1 - 2^-25.
+    The power's error is below step 2^-52 of it, so that of 1 - beta^step is relatively below
+    2^-51 / (1 - beta): under a quarter of an fp32 ulp for beta <= 1 - 2^-25.
     """
     return fp32(lr / (1.0 - power(beta1, step))), fp32(1.0 / math.sqrt(1.0 - power(beta2, step)))
 
