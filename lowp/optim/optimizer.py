@@ -95,10 +95,15 @@ class Optimizer(torch.optim.Optimizer):
         self._positions += len(group["params"])
 
     def new_state(self, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """``step`` and ``tensor`` of the group's parameter number ``index``."""
+        """``step`` and ``tensor`` of the group's parameter number ``index``.
+
+        A CUDA parameter's step is on its device, where a captured update counts and reads it.
+        """
         names = group.get("param_names")
         key = tensor_id(names[index]) if names else group["positions"][index]
-        return {"step": torch.zeros((), dtype=torch.float32), "tensor": key}
+        p = group["params"][index]
+        step = torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else None)
+        return {"step": step, "tensor": key}
 
     def add_moment(self, state: dict[str, Any], key: str, p: Tensor, group: dict[str, Any],
                    codes: torch.dtype) -> None:
