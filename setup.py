@@ -1,8 +1,10 @@
-"""Builds lowp's CPU kernels, each once per instruction set, with ninja; torch is not needed.
+"""Builds lowp's kernels with ninja, without torch: the CPU's, each once per instruction set, and,
+where nvcc and a GPU are found, the CUDA ones (cuda_build.py). A failure of one leaves the other.
 
 Environment
     LOWP_REQUIRE_NATIVE=1   a failed native build fails the install (else: pure Python, said loudly)
     CXX                     the C++17 compiler, default: the first of c++, g++, clang++ on PATH
+    and what cuda_build.py names
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+sys.path.insert(0, str(ROOT))
+
+import cuda_build  # noqa: E402
 
 COMMON_FLAGS = [
     "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra",
@@ -33,16 +38,18 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-        "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512",
+        "-mavx512vnni", "-mprefer-vector-width=512",
     ],
 }
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+ONLY = {"avx512_bf16": ("linear",)}  # the other kernels have nothing to gain over avx512
 
 
 def source_hash() -> str:
     """Hash over csrc/: embedded in the binary, so that a stale one can be told."""
     digest = hashlib.sha256()
     for path in sorted(CSRC.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
+        if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(path.relative_to(CSRC).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -78,41 +85,69 @@ def quoted(path: str | Path) -> str:
 class NinjaBuild(build_ext):
     """Compiles csrc/ with ninja. A failure leaves a pure Python install, unless it is forbidden."""
 
+    def run(self) -> None:
+        self.recorded: dict[str, object] = {}
+        reason = cuda_build.refusal()
+        if reason:
+            self.note("cuda", False, f"the CUDA kernels were not built: {reason}")
+            if self.editable_mode or self.inplace:
+                for stale in (ROOT / "lowp").glob("_cuda*.so"):
+                    stale.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        record = target.parent / "_build.json"
         target.parent.mkdir(parents=True, exist_ok=True)
+        is_cuda = ext.name == "lowp._cuda"
+        key, label = ("cuda", "CUDA") if is_cuda else ("native", "NATIVE")
+        reason = ""
         try:
-            self.compile(target)
+            (self.compile_cuda if is_cuda else self.compile)(target)
         except Exception as error:
             target.unlink(missing_ok=True)
             reason = " ".join(str(error).split()) or type(error).__name__
-            if os.environ.get("LOWP_REQUIRE_NATIVE") == "1":
+            required = os.environ.get("LOWP_REQUIRE_NATIVE") == "1"
+            if required and (not is_cuda or os.environ.get("LOWP_CUDA") == "1"):
                 raise CompileError(
                     f"LOWP_REQUIRE_NATIVE=1 and the build failed: {reason}") from error
-            record.write_text(json.dumps({"native": False, "reason": reason}) + "\n")
-            self.keep_in_source(record)
-            print(f"\n*** lowp: NATIVE KERNELS NOT BUILT, installing pure Python: {reason} ***\n",
-                  file=sys.stderr, flush=True)
-        else:
-            record.write_text(json.dumps({"native": True, "reason": ""}) + "\n")
-            self.keep_in_source(record)
+            rest = "" if is_cuda else ", installing pure Python"
+            print(f"\n*** lowp: {label} KERNELS NOT BUILT{rest}: {reason} ***\n", file=sys.stderr,
+                  flush=True)
+        said = f"the CUDA kernels were not built: {reason}" if is_cuda and reason else reason
+        self.note(key, not reason, said)
+        self.keep_record(target.parent / "_build.json")
 
-    def keep_in_source(self, record: Path) -> None:
+    def note(self, key: str, built: bool, reason: str) -> None:
+        self.recorded[key] = built
+        self.recorded["reason" if key == "native" else f"{key}_reason"] = reason
+
+    def keep_record(self, record: Path) -> None:
         """An editable install reads the record from the source tree, as it does the binary."""
+        record.write_text(json.dumps(self.recorded) + "\n")
         if self.editable_mode or self.inplace:
             source = ROOT / "lowp" / record.name
             if source != record:
                 shutil.copyfile(record, source)
+
+    def compile_cuda(self, target: Path) -> None:
+        import pybind11
+
+        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+        toolkit = cuda_build.find_toolkit()
+        text = cuda_build.ninja_file(toolkit, target, find_compiler(), includes, source_hash())
+        self.run_ninja("cuda", text)
 
     def compile(self, target: Path) -> None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
             raise CompileError(f"the CPU kernels are written for x86-64, not {platform.machine()}")
         if sys.platform == "win32":
             raise CompileError("the native build needs GCC or Clang, which Windows lacks")
-        build = Path(self.build_temp).resolve()
+        self.run_ninja("cpu", self.ninja_file(target))
+
+    def run_ninja(self, folder: str, text: str) -> None:
+        build = Path(self.build_temp).resolve() / folder
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.ninja_file(target))
+        (build / "build.ninja").write_text(text)
         done = subprocess.run([find_ninja(), "-C", str(build)], capture_output=True, text=True)
         if done.returncode != 0:
             log = (done.stdout + done.stderr).strip()
@@ -149,6 +184,8 @@ class NinjaBuild(build_ext):
         add(CSRC / "isa.cpp", "isa", "")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, isa_flags in ISA_FLAGS.items():
+                if source.stem not in ONLY.get(isa, (source.stem,)):
+                    continue
                 extra = " ".join([f"-DLOWP_ISA={isa}", *isa_flags])
                 add(source, f"{source.stem}.{isa}", extra)
         lines.append(f"build {quoted(target)}: link {' '.join(objects)}")
@@ -156,9 +193,12 @@ class NinjaBuild(build_ext):
         return "\n".join(lines) + "\n"
 
 
+CUDA_MODULES = [] if cuda_build.refusal() else [Extension("lowp._cuda", sources=[], optional=True)]
+
 setup(
     packages=[*find_packages(include=["lowp", "lowp.*"]), "lowp.kernels"],
     package_dir={"lowp": "lowp", "lowp.kernels": "kernels"},
-    ext_modules=[Extension("lowp._cpu", sources=[], optional=True)],
+    ext_modules=[Extension("lowp._cpu", sources=[], optional=True), *CUDA_MODULES],
+    setup_requires=cuda_build.requirements(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -10,7 +10,8 @@ from lowp.ops.library import OPS
 
 Case = Callable[[], object]
 
-TOKENS, FEATURES = 256, 4096  # tokens are no part of what is compiled (tests/test_compiled.py)
+# tokens are no part of what is compiled (tests/test_compiled_kernels.py)
+TOKENS, FEATURES = 256, 4096
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEP = torch.tensor(3)
 

@@ -1,4 +1,5 @@
-// adamw: one pass over every tensor: unscale, decay, moments, update, one rounding at each store.
+// adamw: one pass over every tensor: unscale, decay, moments, update, one rounding at each store;
+// and Adam, whose decay is a part of the gradient.
 #pragma once
 #include "kernel.h"
 #include "numerics/philox.h"
@@ -28,6 +29,14 @@ struct AdamWScalars {      // one a tensor, as steps may differ
   float inv_sqrt_bc2;      // 1 / sqrt(1 - beta2^step)
 };
 
+// What a 16-bit weight lacks, kept beside it.
+enum class Master : int { none = 0, remainder = 1, kahan = 2 };
+
+struct MasterWeight {
+  void* data;              // like the param: its 16 low bits, or in its type what its rounding lost
+  int64_t kind;
+};
+
 struct AdamWArgs {
   const AdamWTensor* tensors;   // [count]
   const AdamWScalars* scalars;  // [count]
@@ -37,6 +46,8 @@ struct AdamWArgs {
   Rounding rounding, state_rounding;
   uint64_t seed;
   int threads;
+  float coupled_decay;          // added to the gradient as a multiple of the weight (Adam); else 0
+  const MasterWeight* masters;  // [count] or null
 };
 
 }  // namespace lowp

@@ -2,15 +2,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "accumulate.h"
 #include "activation_grad.h"
+#include "adafactor.h"
 #include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
 #include "isa.h"
 #include "linear.h"
+#include "lion.h"
+#include "muon.h"
 #include "quantize.h"
 #include "scaled_mm.h"
 #include "sgd.h"
+#include "square_sums.h"
 
 namespace py = pybind11;
 using namespace lowp;
@@ -134,10 +139,12 @@ PYBIND11_MODULE(_cpu, m) {
       "adamw",
       [](uintptr_t tensors, uintptr_t scalars, int64_t count, float one_minus_beta1,
          float one_minus_beta2, float eps, float decay, float inv_scale, bool maximize,
-         int rounding, int state_rounding, uint64_t seed, int threads) {
+         int rounding, int state_rounding, uint64_t seed, int threads, float coupled_decay,
+         uintptr_t masters) {
         cpu::adamw({pointer<const AdamWTensor>(tensors), pointer<const AdamWScalars>(scalars),
                     count, one_minus_beta1, one_minus_beta2, eps, decay, inv_scale, maximize,
-                    Rounding(rounding), Rounding(state_rounding), seed, threads});
+                    Rounding(rounding), Rounding(state_rounding), seed, threads, coupled_decay,
+                    pointer<const MasterWeight>(masters)});
       },
       Release());
 
@@ -145,10 +152,70 @@ PYBIND11_MODULE(_cpu, m) {
       "sgd",
       [](uintptr_t tensors, int64_t count, float lr, float momentum, float one_minus_dampening,
          float weight_decay, float inv_scale, bool nesterov, bool maximize, int rounding,
-         int state_rounding, uint64_t seed, int threads) {
+         int state_rounding, uint64_t seed, int threads, uintptr_t masters) {
         cpu::sgd({pointer<const SgdTensor>(tensors), count, lr, momentum, one_minus_dampening,
                   weight_decay, inv_scale, nesterov, maximize, Rounding(rounding),
-                  Rounding(state_rounding), seed, threads});
+                  Rounding(state_rounding), seed, threads, pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "lion",
+      [](uintptr_t tensors, int64_t count, float lr, float beta1, float one_minus_beta1,
+         float beta2, float one_minus_beta2, float decay, float inv_scale, bool maximize,
+         int rounding, int state_rounding, uint64_t seed, int threads, uintptr_t masters) {
+        cpu::lion({pointer<const SgdTensor>(tensors), count, lr, beta1, one_minus_beta1, beta2,
+                   one_minus_beta2, decay, inv_scale, maximize, Rounding(rounding),
+                   Rounding(state_rounding), seed, threads, pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "adafactor",
+      [](uintptr_t tensors, uintptr_t scalars, int64_t count, float eps1, double eps2, double d,
+         float decay, float inv_scale, bool maximize, int rounding, uint64_t seed, int threads,
+         uintptr_t masters) {
+        cpu::adafactor({pointer<const AdafactorTensor>(tensors),
+                        pointer<const AdafactorScalars>(scalars), count, eps1, eps2, d, decay,
+                        inv_scale, maximize, Rounding(rounding), seed, threads,
+                        pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "muon_momentum",
+      [](uintptr_t tensors, int64_t count, float momentum, float one_minus_momentum,
+         float inv_scale, bool nesterov, bool maximize, int state_rounding, uint64_t seed,
+         int threads) {
+        cpu::muon_momentum({pointer<const SgdTensor>(tensors), count, momentum, one_minus_momentum,
+                            inv_scale, nesterov, maximize, Rounding(state_rounding), seed,
+                            threads});
+      },
+      Release());
+
+  m.def(
+      "muon_step",
+      [](uintptr_t tensors, uintptr_t rates, int64_t count, float decay, int rounding,
+         uint64_t seed, int threads, uintptr_t masters) {
+        cpu::muon_step({pointer<const SgdTensor>(tensors), pointer<const float>(rates), count,
+                        decay, Rounding(rounding), seed, threads,
+                        pointer<const MasterWeight>(masters)});
+      },
+      Release());
+
+  m.def(
+      "accumulate",
+      [](uintptr_t tensors, int64_t count, int rounding, uint64_t seed, int threads) {
+        cpu::accumulate({pointer<const AccumulateTensor>(tensors), count, Rounding(rounding), seed,
+                         threads});
+      },
+      Release());
+
+  m.def(
+      "square_sums",
+      [](uintptr_t tensors, int64_t count, uintptr_t sums, int threads) {
+        cpu::square_sums({pointer<const FloatTensor>(tensors), count, pointer<double>(sums),
+                          threads});
       },
       Release());
 }

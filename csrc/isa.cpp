@@ -60,15 +60,16 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("instruction set: expected baseline, avx2, avx512 or amx, got '" + name + "'");
+  throw std::invalid_argument(
+      "instruction set: expected baseline, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
 std::vector<std::string> cpu_features() {
@@ -99,11 +100,13 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-                      __builtin_cpu_supports("avx512bf16");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool amx =
-      avx512 && cpuid7_edx(22) && cpuid7_edx(24) && cpuid7_edx(25) && amx_granted();
-  return amx ? Isa::amx : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+      bf16 && cpuid7_edx(22) && cpuid7_edx(24) && cpuid7_edx(25) && amx_granted();
+  if (amx) return Isa::amx;
+  if (bf16) return Isa::avx512_bf16;
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 }
 
 Isa isa() { return current().load(std::memory_order_relaxed); }

@@ -41,5 +41,5 @@ struct EpilogueArgs {
 
 }  // namespace lowp
 
-LOWP_CPU_KERNEL(product, ProductArgs)
-LOWP_CPU_KERNEL(linear_epilogue, EpilogueArgs)
+LOWP_CPU_BF16_KERNEL(product, ProductArgs)
+LOWP_CPU_BF16_KERNEL(linear_epilogue, EpilogueArgs)

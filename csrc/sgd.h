@@ -24,6 +24,7 @@ struct SgdArgs {
   Rounding rounding, state_rounding;
   uint64_t seed;
   int threads;
+  const MasterWeight* masters;  // [count] or null
 };
 
 }  // namespace lowp

@@ -20,6 +20,7 @@ from lowp.kernels.update import (
     batches,
     load_state,
     pointer,
+    require_no_masters,
     span,
     store_float,
     store_state,
@@ -30,9 +31,9 @@ from lowp.ops import update
 
 
 @triton.jit
-def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, eps, seed_low,
-            seed_high, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-            LARGEST: tl.constexpr, R: tl.constexpr, STOCHASTIC: tl.constexpr,
+def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, eps, weight_decay,
+            seed_low, seed_high, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+            LARGEST: tl.constexpr, R: tl.constexpr, COUPLED: tl.constexpr, STOCHASTIC: tl.constexpr,
             STATE_STOCHASTIC: tl.constexpr, ALIGNED_ROW: tl.constexpr):
     """The update of the blocks ``first`` to ``last`` of one tensor."""
     param, grad = pointer(entry, 0, P, ALIGNED_ROW), pointer(entry, 1, G, ALIGNED_ROW)
@@ -45,6 +46,8 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
     for i in range(first, last, R):
         block, start, at, mask = span(entry, i, R, ALIGNED_ROW, CODES)
         g = widen(tl.load(grad + at, mask=mask, other=0)) * unscale
+        if COUPLED:
+            g = g + widen(tl.load(param + at, mask=mask, other=0)) * weight_decay
         m = load_state(exp_avg, m_scales, block, at, mask)
         v = load_state(exp_avg_sq, v_scales, block, at, mask)
         if tl.uint8 == V:
@@ -59,7 +62,9 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
             store_float(used, largest, at, mask, start, offset, seed_low, seed_high, now, tensor, 3,
                         STATE_STOCHASTIC, ALIGNED_ROW)
         denominator = tl.sqrt_rn(used) * inv_sqrt_bc2 + eps
-        p = widen(tl.load(param + at, mask=mask, other=0)) * decay
+        p = widen(tl.load(param + at, mask=mask, other=0))
+        if not COUPLED:
+            p = p * decay
         p = canonical_nan(p - tl.div_rn(m, denominator) * step_size)
         store_float(p, param, at, mask, start, offset, seed_low, seed_high, now, tensor, 0,
                     STOCHASTIC, ALIGNED_ROW)
@@ -73,10 +78,10 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
 
 @triton.jit(do_not_specialize=["chunk_blocks", "seed_low", "seed_high"])
 def _adamw(table, chunks, scalars, steps, chunk_blocks: tl.int64, one_minus_beta1: tl.float32,
-           one_minus_beta2: tl.float32, eps: tl.float32, seed_low: tl.int64, seed_high: tl.int64,
-           P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-           LARGEST: tl.constexpr, R: tl.constexpr, STOCHASTIC: tl.constexpr,
-           STATE_STOCHASTIC: tl.constexpr):
+           one_minus_beta2: tl.float32, eps: tl.float32, weight_decay: tl.float32,
+           seed_low: tl.int64, seed_high: tl.int64, P: tl.constexpr, G: tl.constexpr,
+           M: tl.constexpr, V: tl.constexpr, LARGEST: tl.constexpr, R: tl.constexpr,
+           COUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, STATE_STOCHASTIC: tl.constexpr):
     """One chunk of one tensor a program; a tensor whose step is 0 is skipped."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 2
     index = tl.load(chunk).to(tl.int64)
@@ -86,12 +91,12 @@ def _adamw(table, chunks, scalars, steps, chunk_blocks: tl.int64, one_minus_beta
     if now > 0:
         if tl.load(entry + ALIGNED) == 1:
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R, STOCHASTIC,
-                    STATE_STOCHASTIC, True)
+                    one_minus_beta2, eps, weight_decay, seed_low, seed_high, P, G, M, V, LARGEST, R,
+                    COUPLED, STOCHASTIC, STATE_STOCHASTIC, True)
         else:  # one draw an element: a quarter of the elements needs as many registers
             _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, seed_low, seed_high, P, G, M, V, LARGEST, R // 4,
-                    STOCHASTIC, STATE_STOCHASTIC, False)
+                    one_minus_beta2, eps, weight_decay, seed_low, seed_high, P, G, M, V, LARGEST,
+                    R // 4, COUPLED, STOCHASTIC, STATE_STOCHASTIC, False)
 
 
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
@@ -100,8 +105,10 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
           steps: Sequence[Tensor], lr: Tensor, beta1: float, beta2: float, weight_decay: float,
           eps: float, maximize: bool, rounding: str, state_rounding: str, seed: int,
           tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
-          found_inf: Tensor | None) -> None:
-    """The op :data:`lowp.ops.adamw.adamw`."""
+          found_inf: Tensor | None, coupled: bool = False,
+          masters: Sequence[Tensor] | None = None) -> None:
+    """The op :data:`lowp.ops.adamw.adamw`, without masters."""
+    require_no_masters("adamw", masters)
     grads = [g.contiguous() for g in grads]
     bits = seed & (2**64 - 1)
     with update.contiguous_params(params) as work, \
@@ -114,7 +121,8 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
                     found_inf)
             p, g, m, v, _, _, *largest = (TYPES[t] for t in types)
             launch(_adamw, (len(batch.chunks) // 2,), batch.table, batch.chunks, batch.scalars,
-                   batch.now, batch.chunk_blocks, 1 - beta1, 1 - beta2, eps, bits & 0xFFFFFFFF,
-                   bits >> 32, P=p, G=g, M=m, V=v, LARGEST=largest[0] if largest else None,
-                   R=BLOCKS_AT_ONCE, STOCHASTIC=rounding == "stochastic",
+                   batch.now, batch.chunk_blocks, 1 - beta1, 1 - beta2, eps, weight_decay,
+                   bits & 0xFFFFFFFF, bits >> 32, P=p, G=g, M=m, V=v,
+                   LARGEST=largest[0] if largest else None, R=BLOCKS_AT_ONCE,
+                   COUPLED=coupled and weight_decay != 0, STOCHASTIC=rounding == "stochastic",
                    STATE_STOCHASTIC=state_rounding == "stochastic", num_warps=4, **EXACT)

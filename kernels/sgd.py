@@ -20,6 +20,7 @@ from lowp.kernels.update import (
     batches,
     load_state,
     pointer,
+    require_no_masters,
     span,
     store_float,
     store_state,
@@ -83,8 +84,10 @@ def sgd(params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Seq
         momentum_scales: Sequence[Tensor], steps: Sequence[Tensor], lr: Tensor, momentum: float,
         dampening: float, weight_decay: float, nesterov: bool, maximize: bool, rounding: str,
         state_rounding: str, seed: int, tensors: Sequence[int], offsets: Sequence[int],
-        grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """The op :data:`lowp.ops.sgd.sgd`."""
+        grad_scale: Tensor | None, found_inf: Tensor | None,
+        masters: Sequence[Tensor] | None = None) -> None:
+    """The op :data:`lowp.ops.sgd.sgd`, without masters."""
+    require_no_masters("sgd", masters)
     grads = [g.contiguous() for g in grads]
     bits = seed & (2**64 - 1)
     with update.contiguous_params(params) as work:

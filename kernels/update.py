@@ -29,6 +29,7 @@ from lowp.kernels.numerics import (
 )
 from torch import Tensor
 
+from lowp.backend import BackendError
 from lowp.ops import update
 from lowp.reference.codec import BLOCK
 
@@ -163,6 +164,18 @@ def _advance(table, scalars, now, lr_pointer, grad_scale, found_inf, tensors: tl
     tl.store(to + 2, (one - rate * weight_decay).to(tl.float32), mask=mask)
     tl.store(to + 3, unscale.to(tl.float32), mask=mask)
     tl.store(now + i, tl.where(skipped == 0, t, 0).to(tl.int64), mask=mask)
+
+
+def require_no_masters(op: str, masters: Sequence[Tensor] | None) -> None:
+    """BackendError for ``masters``, which these kernels do not read.
+
+    Empty ones, as those of fp32 parameters, say nothing and are let through.
+    """
+    if any(master.numel() for master in masters or ()):
+        raise BackendError(
+            f"lowp::{op}: the triton kernel takes no masters (16-bit weights without master "
+            "weights or fp32 ones), got some; the backends cpu and reference have them"
+        )
 
 
 class Member(NamedTuple):

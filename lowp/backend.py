@@ -31,8 +31,27 @@ class BackendError(RuntimeError):
     """The backend that was asked for, or any but the reference under LOWP_STRICT=1, cannot run."""
 
 
+@functools.lru_cache(maxsize=1)
+def _cuda_device_reason(archs: str) -> str:
+    """Why the CUDA kernels, built for ``archs``, cannot run on what torch sees."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (no NVIDIA driver, or no GPU)"
+    too_old = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not (major >= 8 if "sm_80" in archs else (major, minor) == (9, 0)):
+            too_old.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    if too_old:
+        return f"the CUDA kernels were built for {archs}, which {', '.join(too_old)} cannot run"
+    return ""
+
+
 def _cuda_reason() -> str:
-    return "lowp was built without CUDA kernels"
+    if native.cuda is None:
+        return native.cuda_refusal
+    return _cuda_device_reason(native.cuda.archs)
 
 
 def interpreted() -> bool:

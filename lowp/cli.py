@@ -1,4 +1,4 @@
-"""The command line: ``lowp train``, ``lowp compare`` and ``lowp doctor``.
+"""The command line: ``lowp train``, ``compare``, ``curves``, ``report`` and ``doctor``.
 
 Exit codes: 0 done, 1 failed, 2 a wrong option, configuration or data file, 130 after Ctrl-C.
 """
@@ -137,6 +137,8 @@ class Watch:
 
     def record(self, record: dict[str, Any]) -> None:
         """One record of the log."""
+        for event in record.get("fallback", ()):
+            console.print(f"  step {record['step']}: {_event(event)}", highlight=False)
         if "eval" in record:
             heldout = record["eval"]
             self.accuracy = f"held-out {100 * heldout['accuracy']:.1f} %"
@@ -144,7 +146,8 @@ class Watch:
                           f"{100 * heldout['macro_f1']:.1f} %", highlight=False)
             return
         if "skipped" in record:
-            console.print(f"  [yellow]step {record['step']} not applied[/]: {record['skipped']}")
+            why = "; ".join(filter(None, (record["skipped"], record.get("culprit"))))
+            console.print(f"  [yellow]step {record['step']} not applied[/]: {escape(why)}")
         now = time.monotonic()
         if now - self._shown < 0.1 and self._progress.tasks[0].total != record["step"]:
             return
@@ -153,6 +156,14 @@ class Watch:
                   record.get("objectives", {}).items() if "loss" in term]
         self._progress.update(self._task, completed=record["step"],
                               losses="  ".join([*losses, self.accuracy]))
+
+
+def _event(event: dict[str, Any]) -> str:
+    """A change of a layer's recipe in words."""
+    if "sqnr" not in event:
+        return f"layer {event['layer']} is back at {event['recipe']}"
+    return (f"layer {event['layer']} runs in {event['recipe']} until step {event['until']}: "
+            f"{event['operand']} had {event['sqnr']:.1f} dB")
 
 
 def _train(name: str, folder: RunFolder, again: str) -> dict[str, Any]:
@@ -194,7 +205,10 @@ def train(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled =
     flags = {"data.path": data, "data.unlabelled": unlabelled, "data.heldout": heldout,
              "data.dataset": dataset, "data.labels": labels, "model.kind": model,
              "precision.linear": precision, "steps": steps, "seed": seed}
-    with _exits():
+    from lowp.hybrid import ranks
+
+    with _exits(), ranks.started():
+        console.quiet = ranks.rank() > 0
         if resume is not None:
             given = [key for key, value in {**flags, "config": config, "set": settings,
                                             "out": out}.items() if value is not None]
@@ -204,6 +218,7 @@ def train(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled =
             _train_with_twin(resume, None, twin)
         else:
             folder = out or Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
+            folder = ranks.from_first(folder)
             _train_with_twin(folder, _settings(config, flags, settings), twin)
 
 
@@ -213,10 +228,10 @@ def _train_with_twin(path: Path, settings: Config | None, with_twin: bool) -> No
     Args:
         settings: of a new run; ``None`` to go on with what the folder holds.
     """
-    from lowp.hybrid import compare, curves
+    from lowp.hybrid import compare, curves, ranks
     from lowp.hybrid.run import RunFolder
 
-    main = RunFolder.create(path, settings) if settings is not None else RunFolder.open(path)
+    main = compare.start(path, settings) if settings is not None else RunFolder.open(path)
     folders = {compare.label(main.config): main}
     other = compare.twin(main.config)
     if with_twin and other != main.config:
@@ -226,7 +241,7 @@ def _train_with_twin(path: Path, settings: Config | None, with_twin: bool) -> No
         name: compare.finished(folder) or _train(name, folder, again)
         for name, folder in folders.items()
     }
-    if len(folders) > 1:
+    if len(folders) > 1 and ranks.rank() == 0:
         chance = next(iter(summaries.values()))["data"]["most frequent class"]
         curves.draw_accuracy({name: folder.records() for name, folder in folders.items()},
                              path / "accuracy.png", chance)
@@ -250,11 +265,13 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
     Finished runs in --out are taken as they are: the same command goes on where it was broken off.
     """
     from lowp.hybrid import compare as comparison
+    from lowp.hybrid import ranks
 
     flags = {"data.path": data, "data.unlabelled": unlabelled, "data.heldout": heldout,
              "data.dataset": dataset, "data.labels": labels, "model.kind": model,
              "precision.linear": precision, "steps": steps}
-    with _exits():
+    with _exits(), ranks.started():
+        console.quiet = ranks.rank() > 0
         chosen = _settings(config, flags, settings)
         target = results or out / "comparison.json"
         run = functools.partial(_train, again="the same command")
@@ -266,6 +283,48 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
                 console.print(f"  {kind}, {name}: {pair['mean']:+.2f} points "
                               f"± {pair['standard_error']:.2f} (standard error)", highlight=False)
         console.print(f"  {escape(str(target))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def curves(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, two or more.")],
+           out: Annotated[Path, typer.Option(
+               "--out", help="PNG file to write.")] = Path("curves.png")) -> None:
+    """Draw the losses and held-out metrics of several runs over each other."""
+    from lowp.hybrid.curves import draw_overlay
+    from lowp.hybrid.run import RunFolder
+
+    with _exits():
+        if len(set(runs)) != len(runs) or len(runs) < 2:
+            raise Stop(WRONG, "[bold red]error:[/] expected two or more different run folders")
+        draw_overlay({str(path): RunFolder.open(path).records() for path in runs}, out)
+        console.print(f"  {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+           as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+           ) -> None:
+    """Show what low precision does to every layer of a run, at its newest checkpoint.
+
+    One labelled batch goes through the model; report.json and report.png are written into the run's
+    folder.
+    """
+    from lowp.hybrid.experiment import inspect
+    from lowp.hybrid.run import RunFolder
+
+    with _exits():
+        found = inspect(RunFolder.open(run))
+        (run / "report.json").write_text(found.to_json(), encoding="utf-8")
+        found.draw(run / "report.png")
+        if as_json:
+            typer.echo(found.to_json())
+            return
+        console.print(found.table())
+        console.print(f"updates: {found.update}", highlight=False)
+        for fqn, reason in found.unmeasured:
+            console.print(f"not measured: {escape(fqn)}: {escape(reason)}", highlight=False)
+        for name in ("report.json", "report.png"):
+            console.print(f"  {escape(str(run / name))}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lowp.experts import Experts, converted, is_fused, refusal
 from lowp.linear import Linear
+from lowp.lstm import LSTM
 from lowp.recipe import Recipe, recipe_of
 
 Filter = Callable[[nn.Module, str], bool]
@@ -20,7 +22,7 @@ class PlanEntry(NamedTuple):
     fqn: str
     converts: bool
     reason: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def __str__(self) -> str:
         verdict = "convert" if self.converts else "keep"
@@ -28,7 +30,7 @@ class PlanEntry(NamedTuple):
 
 
 class Plan(list[PlanEntry]):
-    """The entries of every linear layer; prints as a table."""
+    """The entries of every module that holds a matrix of its own; prints as a table."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no linear layer found"
@@ -44,10 +46,30 @@ def _lowp_types() -> tuple[type[nn.Module], ...]:
     import sys
 
     conv1d = sys.modules.get("lowp.conv1d")
-    return (Linear,) if conv1d is None else (Linear, conv1d.Conv1D)
+    return (Linear, Experts) if conv1d is None else (Linear, Experts, conv1d.Conv1D)
 
 
-def _shared(model: nn.Module) -> set[int]:
+def _foreign(module: nn.Module) -> tuple[str, tuple[int, ...]] | None:
+    """Why a module that holds a matrix of its own is not converted, and its shape.
+
+    Embeddings, norms and convolutions are no such modules.
+    """
+    if isinstance(module, nn.RNNBase):
+        reason = f"nn.{type(module).__name__}: lowp.LSTM has nn.LSTM's arguments and state_dict"
+        if isinstance(module, LSTM):
+            reason = f"lowp.LSTM: its input projections run by {module.recipe.name}"
+        return reason, tuple(module.get_parameter("weight_ih_l0").shape)
+    own = type(module).__module__
+    if own.startswith("torch.") and not isinstance(module, nn.MultiheadAttention | nn.Bilinear):
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() in (2, 3):
+            return (f"{type(module).__name__} holds {name!r} itself, outside any nn.Linear",
+                    tuple(parameter.shape))
+    return None
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that more than one module holds: tied weights."""
     seen: set[int] = set()
     tied: set[int] = set()
@@ -59,16 +81,24 @@ def _shared(model: nn.Module) -> set[int]:
 
 def _candidates(model: nn.Module,
                 filter_fn: Filter | None) -> Iterator[tuple[nn.Module, PlanEntry]]:
-    tied = _shared(model)
+    tied = shared_parameters(model)
     for fqn, module in model.named_modules():
-        if not isinstance(module, nn.Linear) and not _is_conv1d(module) \
+        fused = is_fused(module)
+        if not isinstance(module, nn.Linear) and not _is_conv1d(module) and not fused \
                 and not isinstance(module, _lowp_types()):
+            found = _foreign(module)
+            if found is not None:
+                yield module, PlanEntry(fqn, False, *found)
             continue
-        weight: Any = module.weight
-        converts, reason = True, "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"
+        weight: Any = module.down_proj if fused else module.weight
+        kind = "nn.Linear" if isinstance(module, nn.Linear) else \
+            f"{weight.shape[0]} experts in 3-D parameters" if fused else "Conv1D"
+        converts, reason = True, kind
         if isinstance(module, _lowp_types()):
             reason = "already lowp: its recipe is replaced"
-        elif type(module) is not nn.Linear and not _is_conv1d(module):
+        elif fused and refusal(module) is not None:
+            converts, reason = False, str(refusal(module))
+        elif not fused and type(module) is not nn.Linear and not _is_conv1d(module):
             converts, reason = False, f"a subclass of nn.Linear: {type(module).__name__}"
         if converts and filter_fn is not None:
             converts = filter_fn(module, fqn)
@@ -98,8 +128,9 @@ def convert(model: nn.Module, precision: str | int | Recipe = "int8",
     checkpoints are untouched. Each layer's random bits are keyed by its qualified name.
 
     Args:
-        model: any module; ``nn.Linear`` and transformers' ``Conv1D`` are converted, subclasses of
-            ``nn.Linear`` are not.
+        model: any module; ``nn.Linear``, transformers' ``Conv1D`` and its experts in 3-D parameters
+            (Mixtral and its kin) are converted, subclasses of ``nn.Linear`` are not, nor are
+            routers, whose errors would send a token to another expert.
         precision: as :class:`lowp.Linear` takes it.
         filter_fn: ``(module, fqn) -> bool``, which to convert. By default language model heads and
             tied weights are left alone; a filter replaces that rule.
@@ -120,6 +151,9 @@ def convert(model: nn.Module, precision: str | int | Recipe = "int8",
             module.__class__ = Linear
             assert isinstance(module, Linear)
             module.adopt(recipe, entry.fqn)
+        elif is_fused(module):
+            module.__class__ = converted(type(module))
+            module.adopt(recipe, entry.fqn)  # type: ignore[operator]
         else:
             from lowp.conv1d import Conv1D
 
@@ -129,7 +163,7 @@ def convert(model: nn.Module, precision: str | int | Recipe = "int8",
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert`, in place: exact ``nn.Linear`` and ``Conv1D`` modules again.
+    """Undo :func:`convert`, in place: exact ``nn.Linear``, ``Conv1D`` and expert modules again.
 
     Returns:
         ``model`` itself.
@@ -145,7 +179,8 @@ def revert(model: nn.Module) -> nn.Module:
                 "which nn.Linear lacks"
             )
     for _, module in layers:
-        for attribute in ("recipe", "activation", "noise_id"):
+        for attribute in ("recipe", "activation", "noise_id", "noise_ids"):
             module.__dict__.pop(attribute, None)
-        module.__class__ = nn.Linear if isinstance(module, Linear) else type(module).__mro__[1]
+        place = 2 if isinstance(module, Experts) else 1  # of the class it had, among its bases
+        module.__class__ = nn.Linear if isinstance(module, Linear) else type(module).__mro__[place]
     return model

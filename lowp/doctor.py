@@ -24,7 +24,8 @@ from lowp.ops.library import OPS
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-ISAS = ("baseline", "avx2", "avx512", "amx")  # csrc/isa.h, each includes those before it
+# csrc/kernel.h: Isa, each includes those before it
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 OPTIONAL = ("triton", "numpy", "safetensors", "tokenizers", "transformers", "datasets")
 VARIABLES = ("LOWP_BACKEND", "LOWP_STRICT", "LOWP_CPU_ISA", "LOWP_REQUIRE_NATIVE",
              "TRITON_INTERPRET", "OMP_NUM_THREADS")

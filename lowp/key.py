@@ -83,7 +83,8 @@ clock = Clock()
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)  # a gradient scaler sets it for the step
-    if found_inf is None or not found_inf.item():
+    applied = getattr(optimizer, "applied", True)  # False: lowp.optim only made its states
+    if applied and (found_inf is None or not found_inf.item()):
         clock.advance()
 
 

@@ -21,6 +21,7 @@ from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
 from lowp.recipe import DTYPES, Operand, Product, Recipe, recipe_of
+from lowp.weight_codes import codes_of_weight
 
 
 def _compute_dtype(product: Product, *operands: Tensor) -> torch.dtype:
@@ -53,6 +54,15 @@ class _Noise:
                             self.tensor, role, 0)
         return q.t(), scale.reshape(-1)
 
+    def weight_codes(self, w: Tensor, operand: Operand, transposed: bool) -> tuple[Tensor, Tensor]:
+        """Codes of a weight, of either kind; the passes of a step may share them."""
+        bits = None
+        if operand.rounding == "stochastic":
+            bits = self.seed, int(self.step), self.tensor
+        make = self.transposed_codes if transposed else self.codes
+        return codes_of_weight(w, (operand, transposed, bits),
+                               lambda: make(w, operand, Role.WEIGHT_CODES))
+
 
 def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activation: str,
              noise: _Noise, save_preact: bool) -> tuple[Tensor, Tensor]:
@@ -62,7 +72,7 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activati
         y, preact = linear_op(x.to(dtype), w.to(dtype), bias, activation, x.dtype, save_preact)
         return y, preact
     x_codes, x_scale = noise.codes(x, product.left, Role.X_CODES)
-    w_codes, w_scale = noise.codes(w, product.right, Role.WEIGHT_CODES)
+    w_codes, w_scale = noise.weight_codes(w, product.right, False)
     y, preact = scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype,
                           save_preact)
     return y, preact
@@ -77,7 +87,7 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
         dx: Tensor = linear_dgrad(dz.to(dtype), w.to(dtype), out)
         return dx
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
-    w_codes, w_scale = noise.transposed_codes(w, product.right, Role.WEIGHT_CODES)
+    w_codes, w_scale = noise.weight_codes(w, product.right, True)
     dx = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
     return dx
 

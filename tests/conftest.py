@@ -16,7 +16,7 @@ from lowp.backend import status
 from lowp.key import clock
 from tests.targets import Target
 
-ISAS = ("baseline", "avx2", "avx512", "amx")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def pytest_sessionstart() -> None:
@@ -33,7 +33,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=ISAS)
 def product_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same with AMX, which only the products use."""
+    """The same with those that only the products use."""
     yield from _forced(request.param)
 
 
@@ -87,6 +87,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For matrices that are too small to share; whatever number a test sets is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from lowp.hybrid import checkpoint, compare, config, experiment
 from lowp.hybrid.run import RunFolder, records
 from tests.hybrid_toys import without_time
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FRUIT = ["apple", "pear", "plum", "fig", "grape", "lemon"]
 TOOLS = ["saw", "axe", "drill", "file", "plane", "lathe"]
 TINY: dict[str, Any] = {
@@ -33,14 +34,6 @@ TINY: dict[str, Any] = {
     "model": {"embedding": 8, "width": 8},
     "steps": 6, "batch_size": 4, "ratio": 1, "eval_every": 3, "checkpoint_every": 2, "threads": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A run sets the number of threads that its configuration names."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

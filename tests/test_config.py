@@ -34,6 +34,16 @@ def test_yaml_round_trip_keeps_everything() -> None:
     assert again.digest() == settings.digest()
 
 
+def test_the_hybrid_example_of_every_kind_resolves() -> None:
+    kinds = [{"kind": kind} for kind in (
+        "supervised", "language_model", "span_corruption", "denoising", "contrastive",
+        "pseudo_label", "consistency", "uda", "mean_teacher", "virtual_adversarial", "entropy")]
+    settings = resolve({"objectives": kinds, "model": {"kind": "lstm"}})
+    weights = {o.kind: o.weight for o in settings.objectives}
+    assert weights["entropy"] == 0.06 and weights["mean_teacher"].end == 10.0
+    assert resolve(yaml.safe_load(settings.to_yaml())) == settings
+
+
 def test_digest_tells_every_setting_apart() -> None:
     base = resolve({}).digest()
     assert resolve({"optimizer": {"lr": Config().optimizer.lr}}).digest() == base
@@ -76,10 +86,37 @@ def test_weights_follow_the_recipe_unless_given(linear: str, weights: str) -> No
     ({"precision": "int8"}, "^precision: .*got 'int8'$"),
     ({"model": {"kind": "transformer", "width": 10, "heads": 4}}, "^model: heads must divide"),
     ({"model": {"dropout": 1.0}}, r"^model\.dropout: .*less than 1, got 1.0$"),
-    ({"model": {"bidirectional": True}}, "seen the next token"),
+    ({"model": {"kind": "lstm", "bidirectional": True}}, "seen the next token"),
     ({"data": {"path": "a", "dataset": "b"}}, "^data: expected path or dataset, got both$"),
     ({"data": {"heldout": "b"}}, "^data: heldout needs path"),
     ({"seed": 2**63}, "^seed: "),
+    ({"mixing": {"kind": "gradnrm"}}, r"^mixing\.kind: .*'gradnorm'.*got 'gradnrm'$"),
+    ({"mixing": {"alfa": 1}}, r"^mixing\.alfa: unknown key; did you mean 'alpha'\?$"),
+    ({"mixing": {"kind": "gradnorm"}, "objectives": [{"kind": "supervised"}]},
+     "gradnorm needs two objectives, got supervised"),
+    ({"mixing": {"kind": "uncertainty"}, "objectives": [{"kind": "uda"}]},
+     "uncertainty needs an objective that is not self-labelled, got uda"),
+    ({"patience": 3}, r"patience needs data\.validation above 0"),
+    ({"data": {"validation": 1.0}}, r"^data\.validation: .*less than 1"),
+    ({"accumulate": 64, "batch_size": 32}, "accumulate must be at most batch_size 32, got 64"),
+    ({"precision": {"linear": "torch"},
+      "objectives": [{"kind": "supervised", "precision": "bf16"}]},
+     r"precision\.linear must name a recipe for the precision of the objective supervised"),
+    ({"precision": {"linear": "torch", "fallback": {"sqnr": 20}}},
+     r"must name a recipe for precision\.fallback"),
+    ({"precision": {"fallback": {"every": 0}}}, r"^precision\.fallback\.every: .*got 0$"),
+    ({"objectives": [{"kind": "supervised", "precision": "int4"}]},
+     r"^objectives\[0\]\.precision: .*'int8_full'.*got 'int4'$"),
+    ({"objectives": [{"kind": "pseudo_label", "adaptive": "softmatch"}]},
+     r"^objectives\[0\]\.adaptive: .*'freematch'.*got 'softmatch'$"),
+    ({"objectives": [{"kind": "mean_teacher", "weight": {"ende": 1}}]},
+     r"^objectives\[0\]\.weight\.ende: unknown key; did you mean 'end'\?$"),
+    ({"objectives": [{"kind": "denoising"}], "model": {"kind": "transformer"}},
+     r"model\.kind must be lstm for the objective denoising"),
+    ({"objectives": [{"kind": "span_corruption"}],
+      "model": {"kind": "lstm", "bidirectional": True}},
+     "false for the objective span_corruption"),
+    ({"compile": "fast"}, "^compile: .*'inductor'.*got 'fast'$"),
     ({"steps": 0, "sed": 1}, r"(?s)steps: .*sed: unknown key; did you mean 'seed'"),
 ])
 def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:

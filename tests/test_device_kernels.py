@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
+from lowp.backend import BackendError
 from lowp.ops.adamw import adamw
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
-from tests import cases, updates
+from tests import cases, update_cases
 from tests.targets import Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.updates import masters_of
 
 GRANULARITIES = ("tensor", "row", "column", "block")
 ROUNDINGS = ("nearest", "stochastic")
@@ -126,81 +128,110 @@ def test_nan_and_inf_go_where_ieee_sends_them(target: Target, value):
     cases.assert_ieee(target, value)
 
 
-@pytest.mark.parametrize("kind", updates.STATES)
+@pytest.mark.parametrize("kind", update_cases.STATES)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", updates.OPS)
+@pytest.mark.parametrize("name", update_cases.OPS)
 def test_updates(target: Target, name, dtype, kind):
-    op, make = updates.OPS[name]
+    op, make = update_cases.OPS[name]
     rows = 6 if target.interpreted else 257
     shapes = ((rows, 401), (5,), (), (rows, 272))
     params = [torch.randn(shape).to(dtype) for shape in shapes]
     grads = [torch.randn(p.shape) for p in params]
     for rounding in ROUNDINGS:
         case = make(params, grads, kind, rounding, offsets=[0, 3, 0, 16])
-        updates.assert_equal(target, op, case)
+        update_cases.assert_equal(target, op, case)
 
 
-@pytest.mark.parametrize("kind", updates.STATES)
-@pytest.mark.parametrize("name", updates.OPS)
+@pytest.mark.parametrize("kind", update_cases.STATES)
+@pytest.mark.parametrize("name", update_cases.OPS)
 def test_updates_of_special_values(target: Target, name, kind):
-    op, make = updates.OPS[name]
+    op, make = update_cases.OPS[name]
     special = special_values()
     for dtype in FLOATS:
         grads = [special.repeat_interleave(len(special)), random_bits(3000, seed=2).view(30, 100)]
         params = [special.repeat(len(special)).to(dtype),
                   random_bits(3000, seed=3).view(30, 100).to(dtype)]
-        updates.assert_equal(target, op, make(params, grads, kind))
+        update_cases.assert_equal(target, op, make(params, grads, kind))
 
 
-@pytest.mark.parametrize("kind", updates.STATES)
+@pytest.mark.parametrize("kind", update_cases.STATES)
 def test_options_of_updates(target: Target, kind):
     params = [torch.randn(9, 300).bfloat16(), torch.randn(700)]
     grads = [torch.randn(9, 300).half(), torch.randn(700).bfloat16()]
     scaler = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.tensor(0.0)}
     for amsgrad, maximize in ((True, False), (False, True)):
-        case = updates.adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize, **scaler)
-        updates.assert_equal(target, adamw, case)
-    updates.assert_equal(target, sgd, updates.sgd_case(params, grads, kind, nesterov=True,
-                                                       dampening=0.0, **scaler))
-    updates.assert_equal(target, sgd, updates.sgd_case(
+        case = update_cases.adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize,
+                                       **scaler)
+        update_cases.assert_equal(target, adamw, case)
+    update_cases.assert_equal(target, sgd, update_cases.sgd_case(
+        params, grads, kind, nesterov=True, dampening=0.0, **scaler))
+    update_cases.assert_equal(target, sgd, update_cases.sgd_case(
         params, grads, kind, momentum_buffers=[], momentum_scales=[], weight_decay=0.0))
 
 
-@pytest.mark.parametrize("name", updates.OPS)
+@pytest.mark.parametrize("kind", update_cases.STATES)
+def test_adam_with_coupled_decay(target: Target, kind):
+    if target.backend == "cuda":
+        pytest.skip("the CUDA kernel of adamw takes no coupled decay")
+    params = [torch.randn(9, 300).bfloat16(), torch.randn(700)]
+    grads = [torch.randn(9, 300).half(), torch.randn(700).bfloat16()]
+    for maximize, weight_decay in ((False, 0.1), (True, 0.1), (False, 0.0)):
+        case = update_cases.adamw_case(params, grads, kind, maximize=maximize,
+                                       weight_decay=weight_decay)
+        plain = update_cases.run(target, adamw, case)
+        after = update_cases.assert_equal(target, adamw, {**case, "coupled": True})
+        same = all(map(same_bits, plain["params"], after["params"]))
+        assert same == (weight_decay == 0)
+
+
+def test_masters_are_refused_by_name(target: Target):
+    if target.backend == "cuda":
+        pytest.skip("this message is the Triton kernels'")
+    params, grads = [torch.randn(300).bfloat16(), torch.randn(9)], [torch.randn(300), torch.ones(9)]
+    for name, (op, make) in update_cases.OPS.items():
+        trailing = {"coupled": False} if name == "adamw" else {}
+        case = {**make(params, grads, torch.float32), **trailing}
+        with pytest.raises(BackendError, match=f"lowp::{name}: .*masters.*cpu and reference"):
+            update_cases.run(target, op, {**case, "masters": masters_of(params, "kahan")})
+        fp32 = {**make(params[1:], grads[1:], torch.float32), **trailing}
+        update_cases.assert_equal(target, op, {**fp32, "masters": masters_of(params[1:], "kahan")})
+
+
+@pytest.mark.parametrize("name", update_cases.OPS)
 def test_found_inf_changes_nothing(target: Target, name):
-    op, make = updates.OPS[name]
+    op, make = update_cases.OPS[name]
     params = [torch.randn(20, 300).bfloat16()]
     case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0))
-    after = updates.run(target, op, case)
+    after = update_cases.run(target, op, case)
     for key, before in case.items():
         if isinstance(before, list) and before and isinstance(before[0], torch.Tensor):
             assert all(map(same_bits, after[key], before))
 
 
-@pytest.mark.parametrize("name", updates.OPS)
+@pytest.mark.parametrize("name", update_cases.OPS)
 def test_updates_of_strided_and_empty_tensors(target: Target, name):
-    op, make = updates.OPS[name]
+    op, make = update_cases.OPS[name]
     full, empty = torch.randn(4, 50), torch.empty(0, 50)
     for params in ([full, empty], [empty, full], [empty], []):
         case = make(list(params), [torch.randn(p.shape) for p in params], torch.float32)
-        after = updates.assert_equal(target, op, case)
+        after = update_cases.assert_equal(target, op, case)
         assert [s.item() for s in after["steps"]] == [i + 1 for i in range(len(params))]
     for form, p in strided_forms(torch.randn(16, 33)):
         if form != "expanded":
             grads = [torch.ones(()).expand(p.shape)]  # as .sum() gives
             case = make([p.bfloat16()], grads, torch.bfloat16)
-            updates.assert_equal(target, op, case)
+            update_cases.assert_equal(target, op, case)
 
 
 def test_a_shard_s_update_is_that_of_the_whole(target: Target):
     p, g = torch.randn(64, 256).bfloat16(), torch.randn(64, 256)
-    whole = updates.adamw_case([p], [g], torch.bfloat16, offsets=[0])
-    after = updates.run(target, adamw, whole)
+    whole = update_cases.adamw_case([p], [g], torch.bfloat16, offsets=[0])
+    after = update_cases.run(target, adamw, whole)
     keys = ("params", "grads", "exp_avgs", "exp_avg_sqs")
     for rows, offset in ((slice(0, 23), 0), (slice(23, 64), 23 * 256)):
         shard = {**whole, **{key: [whole[key][0][rows].clone()] for key in keys},
                  "offsets": [offset]}
-        for key, found in updates.run(target, adamw, shard).items():
+        for key, found in update_cases.run(target, adamw, shard).items():
             if key in keys:
                 assert same_bits(found[0], after[key][0][rows])
 
@@ -209,6 +240,6 @@ def test_steps_on_the_host_and_far_ones(target: Target):
     """A large step's power, by squaring in fp64, has the host's bits."""
     params, grads = [torch.randn(300)], [torch.randn(300)]
     for step in (0.0, 1.0, 998.0, 123_456.0, 2.0**24 - 2):
-        case = updates.adamw_case(params, grads, torch.float32, steps=[torch.tensor(step)],
+        case = update_cases.adamw_case(params, grads, torch.float32, steps=[torch.tensor(step)],
                                   beta2=0.99999)
-        updates.assert_equal(target, adamw, case)
+        update_cases.assert_equal(target, adamw, case)

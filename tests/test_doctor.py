@@ -38,7 +38,9 @@ def test_collect_is_complete_and_plain() -> None:
     assert {"cpu", "reference"} <= set(found["ops"]["quantize"])
     text = shown(found)
     assert "reference" in text
-    assert "lowp was built without CUDA kernels" in text or found["backends"][1]["available"]
+    cuda = next(entry for entry in found["backends"] if entry["name"] == "cuda")
+    assert "CUDA" in cuda["reason"] or cuda["available"]
+    assert native.cuda is not None or cuda["reason"] == native.cuda_refusal
 
 
 def test_self_test_covers_every_instruction_set_and_is_quick() -> None:
@@ -77,7 +79,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _package_without_kernels(folder: Path) -> Path:
     source = Path(lowp.__file__).parent
-    ignored = shutil.ignore_patterns("_cpu*", "__pycache__", "_build.json")
+    ignored = shutil.ignore_patterns("_cpu*", "_cuda*", "__pycache__", "_build.json")
     shutil.copytree(source, folder / "lowp", ignore=ignored)
     return folder
 

@@ -1,4 +1,9 @@
-"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its NaN."""
+"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its NaN.
+
+Together with the cases of tests/test_device_kernels.py on a GPU::
+
+    pytest -m gpu
+"""
 
 from __future__ import annotations
 
@@ -10,20 +15,49 @@ import torch
 import lowp
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.adamw import adamw
+from lowp.ops.bias_grad import bias_grad
 from lowp.ops.dequantize import dequantize
+from lowp.ops.linear import linear
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
+from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
-from tests import updates
+from tests import cases, update_cases
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
+from tests.updates import cloned
 
 pytestmark = pytest.mark.gpu
 FAR = 2**31 + 4096  # elements: an int32 offset wraps
 
 
+@pytest.fixture
+def far() -> None:
+    """Free GPU memory for what the tests beyond 2^31 elements hold."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("20 GiB of GPU memory are not free")
+
+
 def quantize_on(x: torch.Tensor, granularity: str, step: torch.Tensor):
     return quantize(x, granularity, 64, "stochastic", 1, step, 2, 4, 0)
+
+
+@pytest.mark.parametrize("shape", ((1024, 4096, 512), (300, 520, 4096), (4096, 4096, 256),
+                                   (16, 4096, 4096)))
+def test_tiles_of_every_size(gpu_target: Target, shape):
+    """Shapes that take each of the tiles; integers, so that every sum is exact in any order."""
+    m, n, k = shape
+    a, b = cases.codes(m, k), cases.codes(n, k)
+    for out in FLOATS:
+        cases.assert_bits(gpu_target, scaled_mm, a, b, torch.rand(m), torch.rand(n), torch.randn(n),
+                          "gelu", out, True)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = (a % 4).to(dtype), (b % 4).to(dtype)
+        want = (x.cuda().double() @ w.cuda().double().t()).float().cpu()
+        for left, right in ((x, w), (x, w.t().contiguous().t()),
+                            (x.t().contiguous().t(), w.t().contiguous().t())):
+            y = gpu_target.run(linear, left, right, None, "none", torch.float32, False)[0]
+            assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
@@ -62,24 +96,25 @@ def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
 
 
 @pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))
-@pytest.mark.parametrize("name", updates.OPS)
+@pytest.mark.parametrize("name", update_cases.OPS)
 def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name, kind):
     """Three replays with a changing rate: steps, noise and lr are read on the device."""
-    op, make = updates.OPS[name]
+    op, make = update_cases.OPS[name]
     params = [torch.randn(40, 256).bfloat16(), torch.randn(300).bfloat16()]
     case = make(params, [torch.randn(p.shape) for p in params], kind,
                 found_inf=torch.tensor(0.0), grad_scale=torch.tensor(2.0))
-    device = dict(zip(case, moved(list(updates.cloned(case).values()), "cuda"), strict=True))
+    device = dict(zip(case, moved(list(cloned(case).values()), "cuda"), strict=True))
     rates = (3e-2, 1e-2, 2e-3)
     with lowp.backend(gpu_target.backend):
-        op(*updates.cloned(device).values())  # compiled before the capture
+        op(*cloned(device).values())  # compiled before the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             op(*device.values())
     for rate in rates:
         device["lr"].fill_(rate)
         graph.replay()
-        case = updates.run(REFERENCE, op, {**case, "lr": torch.tensor(rate, dtype=torch.float64)})
+        lr = torch.tensor(rate, dtype=torch.float64)
+        case = update_cases.run(REFERENCE, op, {**case, "lr": lr})
     for key, want in case.items():
         if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
             assert all(map(same_bits, moved(device[key], "cpu"), want)), key
@@ -87,10 +122,10 @@ def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name
 
 def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
     params, grads = [torch.randn(300).bfloat16()], [torch.randn(300)]
-    case = updates.sgd_case(params, grads, torch.bfloat16, found_inf=torch.tensor(0.0))
+    case = update_cases.sgd_case(params, grads, torch.bfloat16, found_inf=torch.tensor(0.0))
     device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
     with lowp.backend(gpu_target.backend):
-        sgd(*updates.cloned(device).values())
+        sgd(*cloned(device).values())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             sgd(*device.values())
@@ -103,7 +138,7 @@ def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
 
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
-def test_beyond_2_31_elements(gpu_target: Target, granularity):
+def test_beyond_2_31_elements(gpu_target: Target, far, granularity):
     """The last rows, whose offsets no int32 holds, have the codes and scales they have alone."""
     cols = 4096
     x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
@@ -121,7 +156,7 @@ def test_beyond_2_31_elements(gpu_target: Target, granularity):
     assert same_bits(back[-2:].cpu(), again)
 
 
-def test_turned_codes_beyond_2_31_elements(gpu_target: Target):
+def test_turned_codes_beyond_2_31_elements(gpu_target: Target, far):
     cols = 4096
     x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
     tail = torch.randn(2, cols).bfloat16()
@@ -133,13 +168,13 @@ def test_turned_codes_beyond_2_31_elements(gpu_target: Target):
     assert same_bits(got[2][:, -2:].cpu(), want[2]) and same_bits(got[3].cpu(), want[3])
 
 
-def test_an_update_beyond_2_31_elements(gpu_target: Target):
+def test_an_update_beyond_2_31_elements(gpu_target: Target, far):
     p, g = (torch.zeros(FAR, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     tail, slope = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
     p[-512:], g[-512:] = tail.cuda(), slope.cuda()
     options = {"momentum_buffers": [], "momentum_scales": []}
-    case = updates.sgd_case([tail], [slope], torch.float32, offsets=[FAR - 512], **options)
-    want = updates.run(REFERENCE, sgd, case)
+    case = update_cases.sgd_case([tail], [slope], torch.float32, offsets=[FAR - 512], **options)
+    want = update_cases.run(REFERENCE, sgd, case)
     device = {**case, "params": [p], "grads": [g], "offsets": [0],
               "steps": moved(case["steps"], "cuda"), "lr": case["lr"].cuda()}
     with lowp.backend(gpu_target.backend):
@@ -156,15 +191,32 @@ def test_the_gpu_s_own_nan(gpu_target: Target):
             x = nan.to(dtype)
             codes, scale = quantize_on(x, "row", torch.tensor(3))
             assert not codes.any() and scale.isnan().all()
+            assert bias_grad(x).isnan().all()
             assert activation_grad(x, torch.ones_like(x), "gelu").isnan().all()
-            case = updates.adamw_case([x.cpu()], [torch.zeros(x.shape)], dtype)
+            case = update_cases.adamw_case([x.cpu()], [torch.zeros(x.shape)], dtype)
             device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
             device["params"][0].copy_(x)
             adamw(*device.values())
             assert device["params"][0].isnan().all()
+            case = update_cases.adamw_case([torch.zeros(x.shape).to(dtype)], [nan.cpu()], dtype)
+            after = update_cases.run(gpu_target, adamw, case)
+            want = update_cases.run(REFERENCE, adamw, case)
+            assert same_bits(after["params"][0], want["params"][0])
             for bits in (0x7FFFFFFF, -1):
                 p = torch.full((64,), bits, dtype=torch.int32).view(torch.float32)
-                case = updates.sgd_case([torch.zeros(64).to(dtype)], [p], torch.float32)
-                after = updates.run(gpu_target, sgd, case)
-                assert same_bits(after["params"][0], updates.run(REFERENCE, sgd, case)["params"][0])
+                case = update_cases.sgd_case([torch.zeros(64).to(dtype)], [p], torch.float32)
+                after = update_cases.run(gpu_target, sgd, case)
+                want = update_cases.run(REFERENCE, sgd, case)
+                assert same_bits(after["params"][0], want["params"][0])
                 assert math.isnan(after["params"][0][0].item())
+
+
+def test_another_device_than_the_current_one(gpu_target: Target):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(64, 64, device="cuda:1")
+    arguments = ("row", 0, "nearest", 0, None, 0, 4, 0)
+    with lowp.backend(gpu_target.backend):
+        got = quantize(x, *arguments)
+    assert torch.cuda.current_device() == 0
+    assert all(map(same_bits, moved(got, "cpu"), REFERENCE.run(quantize, x.cpu(), *arguments)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,18 +17,11 @@ from lowp.hybrid.random import pass_index, sample_rows
 from lowp.key import tensor_id
 from lowp.linear import Linear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, CLASSES = 40, 3
 Model = LSTMClassifier | TransformerEncoder
 Maker = Callable[..., Model]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lstm(**options: Any) -> LSTMClassifier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,35 +11,38 @@ import torch
 from torch import Tensor
 
 from lowp.hybrid import (
+    UDA,
     Batch,
     CausalLM,
     Consistency,
+    Contrastive,
+    Denoising,
+    EntropyMinimization,
+    FlexMatch,
+    FreeMatch,
     LSTMClassifier,
     MaskedLM,
+    MeanTeacher,
     PseudoLabel,
     Ramp,
+    SignalAnnealing,
+    SpanCorruption,
     Supervised,
     TransformerEncoder,
+    VirtualAdversarial,
 )
-from lowp.hybrid.batches import collate
+from lowp.hybrid.mixing import GradNorm, Uncertainty
 from lowp.hybrid.objectives.consistency import augment
-from lowp.hybrid.objectives.result import confident_predictions
+from lowp.hybrid.objectives.thresholds import FixedThreshold, Labels
 from lowp.hybrid.random import pass_index
 from lowp.hybrid.tokenizer import CLS, EOS, MASK, PAD
 from lowp.key import clock
+from tests.text_toys import CLASSES, VOCABULARY, batch_of
 
-VOCABULARY, CLASSES = 50, 4
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Means of at most 100 fp32 terms of size log 50 = 4, in another order: 100 * 2^-24 * 4 = 2.4e-5.
 CLOSE = {"rtol": 0.0, "atol": 2.4e-5}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lstm(dropout: float = 0.0) -> LSTMClassifier:
@@ -49,16 +52,6 @@ def lstm(dropout: float = 0.0) -> LSTMClassifier:
 def transformer(dropout: float = 0.0) -> TransformerEncoder:
     return TransformerEncoder(VOCABULARY, CLASSES, width=8, depth=1, heads=2, max_length=64,
                               dropout=dropout)
-
-
-def batch_of(lengths: list[int], labelled: bool = True, first_id: int = 0) -> Batch:
-    """Texts ``[start, tokens…, end]`` of these lengths."""
-    generator = torch.Generator().manual_seed(3)
-    samples: list[tuple[list[int], int | None]] = []
-    for number, length in enumerate(lengths):
-        inner = torch.randint(5, VOCABULARY, (max(0, length - 2),), generator=generator).tolist()
-        samples.append(([CLS, *inner, EOS][:length], number % CLASSES if labelled else None))
-    return collate(samples, range(first_id, first_id + len(lengths)))
 
 
 def sharpen(model: LSTMClassifier | TransformerEncoder, text: int, batch: Batch) -> None:
@@ -196,17 +189,20 @@ def test_labels_come_from_evaluation_mode_and_the_mode_is_restored() -> None:
     batch = batch_of([6, 9, 4])
     for training in (True, False):
         model = lstm(dropout=0.5).train(training)
-        labels, confident, metrics = confident_predictions(model, batch.tokens, batch.lengths, 0.0)
-        assert model.training is training and not labels.requires_grad and bool(confident.all())
+        own = Labels(model, batch, FixedThreshold(0.0))
+        assert model.training is training and bool(own.confident.all())
+        assert not own.probabilities.requires_grad
         probabilities = model.eval().classify(batch.tokens, batch.lengths).softmax(-1)
-        assert torch.equal(labels, probabilities.argmax(-1))
-        assert metrics["confidence"] == pytest.approx(float(probabilities.detach().amax(-1).mean()))
+        assert torch.equal(own.labels, probabilities.argmax(-1))
+        confidence = float(probabilities.detach().amax(-1).mean())
+        assert own.metrics["confidence"] == pytest.approx(confidence)
 
 
 def test_the_mode_is_restored_when_the_model_fails() -> None:
     model = lstm().train()
     with pytest.raises(ValueError):
-        confident_predictions(model, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([9]), 0.5)
+        Labels(model, Batch(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([9]), None,
+                            torch.zeros(1, dtype=torch.int64)), FixedThreshold(0.5))
     assert model.training
 
 
@@ -223,10 +219,11 @@ def test_label_entropy_tells_collapse_from_balance() -> None:
         def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
             return self.logits
 
-    tokens, lengths = torch.ones(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    ones = torch.ones(4, dtype=torch.int64)
+    batch = Batch(ones[:, None], ones, None, torch.arange(4))
     for labels, expected in (([3, 3, 3, 3], 0.0), ([0, 1, 2, 3], 1.0), ([0, 0, 2, 2], 0.5)):
-        metrics = confident_predictions(Fixed(labels), tokens, lengths, 0.9)[2]  # type: ignore[arg-type]
-        assert metrics["label_entropy"] == pytest.approx(expected)
+        own = Labels(Fixed(labels), batch, FixedThreshold(0.9))  # type: ignore[arg-type]
+        assert own.metrics["label_entropy"] == pytest.approx(expected)
 
 
 CASES: list[tuple[Any, Callable[..., Any], Batch]] = [
@@ -238,6 +235,17 @@ CASES: list[tuple[Any, Callable[..., Any], Batch]] = [
     (PseudoLabel(1.0), lstm, batch_of([5, 4], labelled=False)),
     (Consistency(1.0), transformer, batch_of([5, 4], labelled=False)),
     (Consistency(0.0), lstm, batch_of([0, 0], labelled=False)),
+    (PseudoLabel(FlexMatch(CLASSES, 9)), lstm, batch_of([0, 0], labelled=False)),
+    (PseudoLabel(FreeMatch(CLASSES)), lstm, batch_of([0, 0], labelled=False)),
+    (UDA(threshold=1.0), lstm, batch_of([5, 4], labelled=False)),
+    (UDA(threshold=0.0), transformer, batch_of([0, 0], labelled=False)),
+    (EntropyMinimization(), lstm, batch_of([0, 0], labelled=False)),
+    (MeanTeacher(), transformer, batch_of([0, 0], labelled=False)),
+    (VirtualAdversarial(), lstm, batch_of([0, 0], labelled=False)),
+    (VirtualAdversarial(), transformer, batch_of([2, 1], labelled=False)),
+    (Contrastive(), transformer, batch_of([9, 0], labelled=False)),
+    (Denoising(), lstm, batch_of([1, 0], labelled=False)),
+    (SpanCorruption([49]), lstm, batch_of([2, 3, 0], labelled=False)),
 ]
 
 
@@ -258,7 +266,13 @@ def test_nothing_to_learn_is_zero_with_a_zero_gradient(
 
 @pytest.mark.parametrize("objective, make", [
     (Supervised(), lstm), (CausalLM(), lstm), (MaskedLM(0.5), transformer),
-    (PseudoLabel(0.0), lstm), (Consistency(0.0), transformer),
+    (PseudoLabel(0.0), lstm), (Consistency(0.0), transformer), (MaskedLM(
+        0.5, continues=torch.arange(VOCABULARY) % 2 == 0), transformer),
+    (PseudoLabel(FreeMatch(CLASSES, fairness=0.0)), lstm), (UDA(threshold=0.0), transformer),
+    (EntropyMinimization(), lstm), (MeanTeacher(), transformer), (MeanTeacher(), lstm),
+    (VirtualAdversarial(), lstm), (VirtualAdversarial(), transformer), (Contrastive(), lstm),
+    (Denoising(), lstm), (SpanCorruption(range(40, 50)), lstm),
+    (Supervised(annealing=SignalAnnealing(1)), lstm),
 ])
 def test_objectives_repeat_themselves_and_leave_torch_alone(
         objective: Any, make: Callable[..., Any]) -> None:
@@ -297,6 +311,8 @@ def test_augmentation_drops_hides_and_keeps_the_ends() -> None:
 def test_ramps() -> None:
     assert [Ramp("linear", 1, 3, 4)(step) for step in (0, 1, 2, 4, 9)] == [1, 1.5, 2, 3, 3]
     assert [Ramp("constant", 1, 3, 4)(step) for step in (1, 9)] == [3, 3]
+    assert [Ramp("cosine", 1, 3, 4)(step) for step in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1, 2 - 2**-0.5, 2, 3, 3])
     sigmoid = Ramp("sigmoid", 0, 2, 10)
     assert sigmoid(5) == pytest.approx(2 * math.exp(-5 * 0.25)) and sigmoid(10) == sigmoid(99) == 2
     assert [sigmoid(s) for s in range(11)] == sorted(sigmoid(s) for s in range(11))
@@ -304,7 +320,7 @@ def test_ramps() -> None:
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Ramp("cosine"), "kind must be one of constant, linear, sigmoid, got 'cosine'"),
+    (lambda: Ramp("square"), "kind must be one of constant, linear, cosine, sigmoid, got 'square'"),
     (lambda: Ramp(steps=0), "steps must be at least 1, got 0"),
     (lambda: Ramp(end=-1.0), "end must be finite and at least 0"),
     (lambda: Ramp(start=math.inf), "start must be finite"),
@@ -313,6 +329,20 @@ def test_ramps() -> None:
     (lambda: PseudoLabel(1.5), "threshold must be in"),
     (lambda: Consistency(math.nan), "threshold must be in"),
     (lambda: Consistency(drop=1.0), "drop must be in"),
+    (lambda: UDA(temperature=0.0), "temperature must be in"),
+    (lambda: Contrastive(0.0), "temperature must be positive"),
+    (lambda: MeanTeacher(1.0), "decay must be in"),
+    (lambda: VirtualAdversarial(epsilon=0), "epsilon must be positive"),
+    (lambda: VirtualAdversarial(xi=math.nan), "xi must be positive"),
+    (lambda: VirtualAdversarial(iterations=0), "iterations must be at least 1"),
+    (lambda: SpanCorruption([]), "expected a sentinel"),
+    (lambda: Denoising(mask=-0.1), "mask must be in"),
+    (lambda: SignalAnnealing(5, "cosine"), "kind of linear, log, exp"),
+    (lambda: FlexMatch(4, 0), "samples must be at least 1"),
+    (lambda: FreeMatch(1), "expected classes >= 2"),
+    (lambda: GradNorm(["a"]), "at least 2 objectives"),
+    (lambda: Uncertainty(["a", "a"]), "different"),
+    (lambda: Uncertainty(["a"], lr=0), "lr must be positive"),
 ])
 def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

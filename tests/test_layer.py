@@ -18,12 +18,9 @@ from lowp.key import clock
 from lowp.ops.product import ACTIVATIONS
 from lowp.recipe import RECIPES
 from tests.tensors import FLOATS, same_bits, strided_forms
+from tests.tolerances import RECIPE_ERROR as ERROR
 
 NAMES = tuple(RECIPES)
-# Relative Frobenius error of y, dx and dw on Gaussian data. Float products: operands and result
-# each lose half an ulp, sqrt(3) halves in all, twice for the second product of a chain. int8: a row
-# of 256 loses 0.70 % (nearest) or 0.98 % (stochastic), two operands add in squares.
-ERROR = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.2e-2, "int8": 2.0e-2, "int8_full": 2.0e-2}
 
 
 def pair(precision, dtype=torch.float32, activation="none", bias=True):

@@ -1,4 +1,4 @@
-"""adamw and sgd: the kernels equal the reference bit for bit, whatever they are given."""
+"""adamw, sgd and lion: the kernels equal the reference bit for bit, whatever they are given."""
 
 from __future__ import annotations
 
@@ -8,10 +8,29 @@ import pytest
 import torch
 
 from lowp.ops.adamw import adamw
+from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
-from tests.targets import CPU
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.updates import OPS, STATES, adamw_case, assert_equal, cloned, sgd_case
+from tests.update_cases import STATES, adamw_case, sgd_case
+from tests.updates import assert_equal, cloned, masters_of, state_like
+
+
+def lion_case(params, grads, kind, rounding="stochastic", **options):
+    torch.manual_seed(5)
+    pairs = [state_like(p, kind, torch.int8) for p in params]
+    return {
+        "params": params, "grads": grads, "exp_avgs": [m for m, _ in pairs],
+        "exp_avg_scales": [s for _, s in pairs],
+        "steps": [torch.tensor(float(i)) for i in range(len(params))],
+        "lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
+        "weight_decay": 0.1, "maximize": False, "rounding": rounding,
+        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
+        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
+        **options,
+    }
+
+
+OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case), "lion": (lion, lion_case)}
 
 
 @pytest.mark.parametrize("kind", STATES)
@@ -22,7 +41,7 @@ def test_kernel_equals_reference(isa, name, dtype, kind):
     params = [torch.randn(257, 401).to(dtype), torch.randn(5).to(dtype), torch.randn(()).to(dtype)]
     grads = [torch.randn(p.shape) for p in params]
     for rounding in ("nearest", "stochastic"):
-        assert_equal(CPU, op, make(params, grads, kind, rounding))
+        assert_equal(op, make(params, grads, kind, rounding))
 
 
 @pytest.mark.parametrize("kind", STATES)
@@ -34,7 +53,23 @@ def test_special_values(isa, name, kind):
         grid = special.repeat(len(special)).to(dtype)
         grads = [special.repeat_interleave(len(special)), random_bits(3000, seed=2).view(30, 100)]
         params = [grid, random_bits(3000, seed=3).view(30, 100).to(dtype)]
-        assert_equal(CPU, op, make(params, grads, kind))
+        assert_equal(op, make(params, grads, kind))
+
+
+@pytest.mark.parametrize("master", ("remainder", "kahan"))
+@pytest.mark.parametrize("name", OPS)
+def test_masters(isa, name, master):
+    op, make = OPS[name]
+    coupled = ({"coupled": True}, {"coupled": False}) if name == "adamw" else ({},)
+    special = special_values()
+    shapes = [torch.randn(57, 401), torch.randn(()), torch.randn(0, 3),
+              special.repeat(len(special)), random_bits(3000, seed=3)]
+    for dtype, rounding, options in itertools.product(FLOATS, ("nearest", "stochastic"), coupled):
+        params = [p.to(dtype) for p in shapes]
+        grads = [torch.randn(p.shape) for p in shapes[:3]]
+        grads += [special.repeat_interleave(len(special)), random_bits(3000, seed=2)]
+        case = make(params, grads, torch.float32, rounding, **options)
+        assert_equal(op, {**case, "masters": masters_of(params, master)})
 
 
 def test_options(threads):
@@ -43,11 +78,15 @@ def test_options(threads):
     for amsgrad, maximize, kind in itertools.product((False, True), (False, True), STATES):
         case = adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize,
                           grad_scale=torch.tensor(1024.0), found_inf=torch.tensor(0.0))
-        assert_equal(CPU, adamw, case)
+        assert_equal(adamw, case)
+    for maximize, kind in itertools.product((False, True), STATES):
+        assert_equal(lion, lion_case(params, grads, kind, maximize=maximize, weight_decay=0.0,
+                                     grad_scale=torch.tensor(3.0)))
+        assert_equal(adamw, adamw_case(params, grads, kind, maximize=maximize, coupled=True))
     for nesterov, kind in itertools.product((False, True), STATES):
-        assert_equal(CPU, sgd, sgd_case(params, grads, kind, nesterov=nesterov, dampening=0.0,
+        assert_equal(sgd, sgd_case(params, grads, kind, nesterov=nesterov, dampening=0.0,
                                    grad_scale=torch.tensor(3.0)))
-    assert_equal(CPU, sgd, sgd_case(params, grads, torch.float32, momentum_buffers=[],
+    assert_equal(sgd, sgd_case(params, grads, torch.float32, momentum_buffers=[],
                                momentum_scales=[], weight_decay=0.0))
 
 
@@ -69,7 +108,7 @@ def test_strides_and_empty_neighbours(name):
     full, empty = torch.randn(40, 50), torch.empty(0, 50)
     for params in ([full, empty], [empty, full], [empty], []):
         case = make(list(params), [torch.randn(p.shape) for p in params], torch.float32)
-        after = assert_equal(CPU, op, case)
+        after = assert_equal(op, case)
         assert [s.item() for s in after["steps"]] == [i + 1 for i in range(len(params))]
     for form, p in strided_forms(torch.randn(64, 129)):
         grads = [torch.ones(()).expand(p.shape)]  # as .sum() gives
@@ -77,8 +116,8 @@ def test_strides_and_empty_neighbours(name):
             with pytest.raises(ValueError, match=rf"{name}: params\[0\] is expanded"):
                 op(*make([p], grads, torch.float32).values())
             continue
-        after = assert_equal(CPU, op, make([p.bfloat16()], grads, torch.bfloat16))
-        plain = assert_equal(CPU, op, make([p.bfloat16().contiguous()], grads, torch.bfloat16))
+        after = assert_equal(op, make([p.bfloat16()], grads, torch.bfloat16))
+        plain = assert_equal(op, make([p.bfloat16().contiguous()], grads, torch.bfloat16))
         assert same_bits(after["params"][0].contiguous(), plain["params"][0])
 
 
@@ -111,6 +150,19 @@ def test_errors():
         for kind, message, change in cases:
             with pytest.raises(kind, match=f"lowp::{name}: {message}"):
                 op(*{**make(p, [torch.randn(4, 5)], torch.float32), **change}.values())
+        half = [torch.randn(4, 5).bfloat16()]
+        for kind, message, masters in (
+            (TypeError, r"masters\[0\] of a torch.float32 parameter must be of no type", (p, half)),
+            (TypeError, r"masters\[0\] of a torch.bfloat16 parameter must be of torch.int16 or "
+                        "torch.bfloat16, got torch.float32", (half, p)),
+            (ValueError, r"masters\[0\] must be contiguous, of shape \(4, 5\)",
+             (half, [half[0].reshape(5, 4)])),
+            (ValueError, "masters must have 1 entries", (half, [])),
+        ):
+            with pytest.raises(kind, match=f"lowp::{name}: {message}"):
+                case = make(masters[0], [torch.randn(4, 5)], torch.float32)
+                op(*{**case, **({"coupled": False} if name == "adamw" else {}),
+                     "masters": masters[1]}.values())
     with pytest.raises(ValueError, match=r"scale of exp_avgs\[0\] must be float32 \(4, 1\)"):
         adamw(*adamw_case(p, p, "int8", exp_avg_scales=[torch.zeros(3)]).values())
 
@@ -121,4 +173,9 @@ def test_opcheck(name, kind):
     _, make = OPS[name]
     params = [torch.randn(3, 300).bfloat16(), torch.randn(0, 4), torch.randn(6, 4).t()]
     case = make(params, [torch.randn(p.shape) for p in params], kind)
-    torch.library.opcheck(getattr(torch.ops.lowp, name).default, tuple(case.values()))
+    overload = getattr(torch.ops.lowp, name).default
+    torch.library.opcheck(overload, tuple(case.values()))
+    if kind == torch.bfloat16:
+        flag = {"coupled": True} if name == "adamw" else {}
+        case = {**case, **flag, "masters": masters_of(params, "kahan")}
+        torch.library.opcheck(overload, tuple(case.values()))

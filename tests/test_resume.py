@@ -8,7 +8,6 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,9 @@ from lowp.hybrid.run import Log, records
 from lowp.key import clock
 from tests.hybrid_toys import toy_trainer, without_time
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KILLS, STEPS, INTERVAL = 56, 60, 2
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers are only slowed down by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 
 def through_disk(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return checkpoint.load(checkpoint.save(folder, int(state["step"]), state, keep=1))

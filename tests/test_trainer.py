@@ -7,32 +7,20 @@ import itertools
 import math
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lowp.hybrid.generators import set_random_state
 from lowp.hybrid.random import pass_index
-from lowp.hybrid.trainer import (
-    Outcome,
-    Trainer,
-    WeightedObjective,
-    _set_random_state,
-    learning_rate,
-)
+from lowp.hybrid.schedule import learning_rate
+from lowp.hybrid.trainer import Outcome, Trainer, WeightedObjective
 from lowp.key import clock
 from tests.hybrid_toys import Network, Numbers, classify, toy_trainer, without_time
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers are only slowed down by a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Quadratic(nn.Module):
@@ -89,7 +77,7 @@ def test_gradient_norms_are_those_of_each_objective_alone() -> None:
         step = trainer.step + 1
         record = trainer.train_step()
         # The second run draws what the first drew: the clock and the generators are set back.
-        _set_random_state(state)
+        set_random_state(state)
         clock.set(step)
         for index, (function, stream) in enumerate(
                 zip((classify, noisy), streams, strict=True)):
@@ -198,7 +186,8 @@ def test_it_stops_after_so_many_skips_in_a_row_and_saves() -> None:
         WeightedObjective(broken), steps=100, max_skipped=3, record=records.append,
         save=lambda step, state: saved.update({step: state}))
     outcome = trainer.run()
-    assert outcome == Outcome("diverged", 10, "the loss of broken is nan")
+    assert outcome == Outcome("diverged", 10, "the loss of broken is nan; broken, labelled stream: "
+                              "the loss itself: every layer's output is finite")
     assert list(saved) == [10]
     assert saved[10]["skipped"] == 5
     assert torch.isfinite(saved[10]["model"]["point"]).all()

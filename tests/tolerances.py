@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,44 @@ makes relative."""
 DERIVATIVE = 4e-6
 """Absolute: |x| (1 - s) s multiplies errors of s (2^-23) and of 1 - s by |x| <= 17, where s is not
 yet 1."""
+
+RECIPE_ERROR = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.2e-2, "int8": 2.0e-2, "int8_full": 2.0e-2}
+"""Relative Frobenius error of one product by a recipe and of its two gradients on Gaussian data.
+Float products: operands and result each lose half an ulp, sqrt(3) halves in all, twice for the
+second product of a chain. int8: a row of 256 loses 0.70 % (nearest) or 0.98 % (stochastic), two
+operands add in squares. tests/test_layer.py holds every layer to it."""
+
+
+def chain_error(recipe: str, products: int) -> float:
+    """Relative Frobenius error behind ``products`` products, one after the other.
+
+    Each adds the error of its recipe to what it hands on. Rounding errors of different products are
+    independent, so their squares add up; norms and residual sums hand on relative errors as is.
+    """
+    return float(RECIPE_ERROR[recipe] * products**0.5)
+
+
+def orthogonalization_bound(iterates: list[Tensor],
+                            coefficients: tuple[float, float, float]) -> float:
+    """Largest Frobenius error of Newton-Schulz in bf16; ``iterates``: the exact ones, fp64, wide.
+
+    A step x -> a x + (b x xᵀ + c (x xᵀ)²) x = U f(S) Vᵀ, f(s) = a s + b s³ + c s⁵, carries an error
+    of the iterate on by at most the largest |f'| between 0 and the largest singular value (f is
+    odd, so the divided differences of its singular values and of their negatives are means of f').
+    It adds three roundings to bf16, each of 2^-8 of a norm (half an ulp is at most 2^-8 of the
+    value): of x xᵀ, which (|b| + 2 |c| s²) s makes an error of the result, of the polynomial, and
+    of the result. Terms of second order and the fp32 sums are below an eighth of that.
+    """
+    a, b, c = coefficients
+    half_ulp = 2.0**-8
+    error = half_ulp * iterates[0].norm().item()
+    for x, y in itertools.pairwise(iterates):
+        top = torch.linalg.matrix_norm(x, 2).item() + error
+        s = torch.linspace(0, top, 1000, dtype=torch.float64)
+        slope = (a + 3 * b * s**2 + 5 * c * s**4).abs().max().item()
+        gram = x @ x.t()
+        polynomial = b * gram + c * gram @ gram
+        fresh = ((abs(b) + 2 * abs(c) * top**2) * top * gram.norm().item()
+                 + polynomial.norm().item() * top + y.norm().item())
+        error = 1.125 * (slope * error + half_ulp * fresh)
+    return error

@@ -6,15 +6,17 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2.
+// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2: with a
+// coupled decay Adam, else AdamW.
 // Scalars are taken by value: behind a reference they could alias what is written, and the loop would not
 // become a vector loop. v_max is only touched with kAmsgrad.
 template <bool kAmsgrad>
 void update(const AdamWArgs a, const AdamWScalars s, const float* g, float* p, float* m, float* v,
             float* v_max, int n) {
-  const float sign = a.maximize ? -a.inv_scale : a.inv_scale;
+  const float sign = a.maximize ? -a.inv_scale : a.inv_scale, coupled = a.coupled_decay;
   for (int i = 0; i < n; ++i) {
-    const float grad = g[i] * sign;
+    const float own = g[i] * sign;
+    const float grad = coupled != 0.0f ? own + p[i] * coupled : own;
     const float first = canonical_nan(m[i] + (grad - m[i]) * a.one_minus_beta1);
     const float second = canonical_nan(v[i] + (grad * grad - v[i]) * a.one_minus_beta2);
     float used = second;
@@ -32,11 +34,11 @@ void update(const AdamWArgs a, const AdamWScalars s, const float* g, float* p, f
 }  // namespace
 
 void adamw(const AdamWArgs& a) {
-  const bool draw_states = a.state_rounding == Rounding::stochastic;
   for_each_run(a.tensors, a.count, a.threads, [&](int64_t index, const Run& r) {
     const AdamWTensor& t = a.tensors[index];
     float p[kRun], g[kRun], m[kRun], v[kRun], v_max[kRun];
-    load_floats(t.param, Float(t.param_type), r.begin, r.n, p);
+    const MasterWeight master = master_of(a.masters, index);
+    load_weight(t.param, t.param_type, master, r, p);
     load_floats(t.grad, Float(t.grad_type), r.begin, r.n, g);
     load_signed(t.exp_avg, t.exp_avg_scale, t.state_type, r, m);
     load_squares(t.exp_avg_sq, t.exp_avg_sq_scale, t.state_type, r, v);
@@ -45,19 +47,14 @@ void adamw(const AdamWArgs& a) {
     const auto step = amsgrad ? update<true> : update<false>;
     step(a, a.scalars[index], g, p, m, v, v_max, r.n);
 
-    RunDraws draws;
-    const auto of = [&](bool wanted, uint32_t role, int64_t type) {
-      const bool needed = wanted && type != int64_t(Float::fp32);
-      return draws.of(needed, a.seed, t.step, t.id, role, t.offset + r.begin, r.n);
-    };
-    store_any(p, of(a.rounding == Rounding::stochastic, 0, t.param_type), t.param_type, r,
-              t.param);
-    store_signed(m, of(draw_states, 1, t.state_type), t.state_type, r, t.exp_avg,
+    RunDraws draws(a.seed, t, r);
+    store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
+    store_signed(m, draws.of(a.state_rounding, 1, t.state_type), t.state_type, r, t.exp_avg,
                  t.exp_avg_scale);
-    store_squares(v, of(draw_states, 2, t.state_type), t.state_type, r, t.exp_avg_sq,
+    store_squares(v, draws.of(a.state_rounding, 2, t.state_type), t.state_type, r, t.exp_avg_sq,
                   t.exp_avg_sq_scale);
     if (amsgrad) {
-      store_any(v_max, of(draw_states, 3, t.max_type), t.max_type, r, t.max_exp_avg_sq);
+      store_any(v_max, draws.of(a.state_rounding, 3, t.max_type), t.max_type, r, t.max_exp_avg_sq);
     }
   });
 }

@@ -34,7 +34,8 @@ void sgd(const SgdArgs& a) {
     const SgdTensor& t = a.tensors[index];
     float p[kRun], g[kRun], buf[kRun];
     const bool momentum = t.momentum != nullptr;
-    load_floats(t.param, Float(t.param_type), r.begin, r.n, p);
+    const MasterWeight master = master_of(a.masters, index);
+    load_weight(t.param, t.param_type, master, r, p);
     load_floats(t.grad, Float(t.grad_type), r.begin, r.n, g);
     if (momentum) load_signed(t.momentum, t.momentum_scale, t.state_type, r, buf);
     if (!momentum) {
@@ -45,15 +46,11 @@ void sgd(const SgdArgs& a) {
       update<true, false>(a, t.step == 1, g, p, buf, r.n);
     }
 
-    RunDraws draws;
-    const auto of = [&](Rounding rounding, uint32_t role, int64_t type) {
-      const bool needed = rounding == Rounding::stochastic && type != int64_t(Float::fp32);
-      return draws.of(needed, a.seed, t.step, t.id, role, t.offset + r.begin, r.n);
-    };
-    store_any(p, of(a.rounding, 0, t.param_type), t.param_type, r, t.param);
+    RunDraws draws(a.seed, t, r);
+    store_weight(p, draws.of_weight(a.rounding, master), t.param_type, master, r, t.param);
     if (momentum) {
-      store_signed(buf, of(a.state_rounding, 1, t.state_type), t.state_type, r, t.momentum,
-                   t.momentum_scale);
+      store_signed(buf, draws.of(a.state_rounding, 1, t.state_type),
+                   t.state_type, r, t.momentum, t.momentum_scale);
     }
   });
 }

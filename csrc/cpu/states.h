@@ -9,6 +9,7 @@
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
 #include "numerics/codec.h"
+#include "numerics/master.h"
 
 namespace lowp {
 namespace LOWP_ISA {
@@ -36,27 +37,42 @@ static inline Run run_at(int64_t index, int64_t rows, int64_t cols, bool codes) 
   return {row * cols + first, index, static_cast<int>(left < kStateBlock ? left : kStateBlock)};
 }
 
-// body(tensor, run) for every run of every tensor; tensors have .rows, .cols and .state_type.
-template <class Tensor, class Body>
-static inline void for_each_run(const Tensor* tensors, int64_t count, int threads,
-                                const Body& body) {
-  const auto is_codes = [&](int64_t t) { return tensors[t].state_type == int64_t(State::codes); };
+struct Shape {
+  int64_t rows, cols;
+  bool codes;
+};
+
+// body(tensor, run) for every run of tensors 0 .. count-1
+template <class ShapeOf, class Body>
+static inline void for_each_run_of(int64_t count, const ShapeOf& shape_of, int threads,
+                                   const Body& body) {
   int64_t total = 0;
   for (int64_t t = 0; t < count; ++t) {
-    total += runs_of(tensors[t].rows, tensors[t].cols, is_codes(t));
+    const Shape s = shape_of(t);
+    total += runs_of(s.rows, s.cols, s.codes);
   }
   parallel_for(total, 8, threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // run number of tensor t's first run
     for (int64_t t = 0; t < count && first < end; ++t) {
-      const int64_t runs = runs_of(tensors[t].rows, tensors[t].cols, is_codes(t));
+      const Shape s = shape_of(t);
+      const int64_t runs = runs_of(s.rows, s.cols, s.codes);
       const int64_t from = begin > first ? begin - first : 0;
       const int64_t to = end - first < runs ? end - first : runs;
-      for (int64_t i = from; i < to; ++i) {
-        body(t, run_at(i, tensors[t].rows, tensors[t].cols, is_codes(t)));
-      }
+      for (int64_t i = from; i < to; ++i) body(t, run_at(i, s.rows, s.cols, s.codes));
       first += runs;
     }
   });
+}
+
+// The same of an optimizer's tensors, which have .rows, .cols and .state_type.
+template <class Tensor, class Body>
+static inline void for_each_run(const Tensor* tensors, int64_t count, int threads,
+                                const Body& body) {
+  const auto shape_of = [&](int64_t t) {
+    return Shape{tensors[t].rows, tensors[t].cols,
+                 tensors[t].state_type == int64_t(State::codes)};
+  };
+  for_each_run_of(count, shape_of, threads, body);
 }
 
 static inline float block_scale(const float* x, int n) {
@@ -129,17 +145,75 @@ static inline void store_squares(const float* x, const uint16_t* draws, int64_t 
   }
 }
 
-// The draws of one run for one role; null where they are not needed.
+static inline MasterWeight master_of(const MasterWeight* masters, int64_t index) {
+  return masters == nullptr ? MasterWeight{nullptr, int64_t(Master::none)} : masters[index];
+}
+
+// A weight with what its master adds.
+static inline void load_weight(const void* param, int64_t type, const MasterWeight& master,
+                               const Run& r, float* x) {
+  const int n = r.n;
+  if (master.kind == int64_t(Master::remainder)) {
+    const uint16_t* high = static_cast<const uint16_t*>(param) + r.begin;
+    const uint16_t* low = static_cast<const uint16_t*>(master.data) + r.begin;
+    for (int i = 0; i < n; ++i) x[i] = join_parts(high[i], low[i]);
+    return;
+  }
+  load_floats(param, Float(type), r.begin, n, x);
+  if (master.kind == int64_t(Master::kahan)) {
+    float lost[kRun];
+    load_floats(master.data, Float(type), r.begin, n, lost);
+    for (int i = 0; i < n; ++i) x[i] += lost[i];
+  }
+}
+
+// With Kahan's compensation (Zamirai et al., "Revisiting BFloat16 training", 2020, section 3) the
+// weight is rounded to nearest, and the draws belong to what that loses. A weight that became Inf
+// loses nothing.
+static inline void store_weight(const float* x, const uint16_t* draws, int64_t type,
+                                const MasterWeight& master, const Run& r, void* param) {
+  const int n = r.n;
+  if (master.kind == int64_t(Master::remainder)) {
+    uint16_t* high = static_cast<uint16_t*>(param) + r.begin;
+    uint16_t* low = static_cast<uint16_t*>(master.data) + r.begin;
+    for (int i = 0; i < n; ++i) high[i] = high_part(x[i]);
+    for (int i = 0; i < n; ++i) low[i] = low_part(x[i]);
+  } else if (master.kind == int64_t(Master::kahan)) {
+    float lost[kRun];
+    store_any(x, nullptr, type, r, param);
+    load_floats(param, Float(type), r.begin, n, lost);
+    for (int i = 0; i < n; ++i) {
+      const float rest = canonical_nan(x[i] - lost[i]);
+      lost[i] = (float_bits(lost[i]) & 0x7FFFFFFFu) == 0x7F800000u ? 0.0f : rest;
+    }
+    store_any(lost, draws, type, r, master.data);
+  } else {
+    store_any(x, draws, type, r, param);
+  }
+}
+
+// The draws of one run of a tensor that has .step, .id and .offset; each call replaces the last.
+template <class Tensor>
 class RunDraws {
  public:
-  const uint16_t* of(bool wanted, uint64_t seed, int64_t step, int64_t id, uint32_t role,
-                     int64_t element, int n) {
-    if (!wanted) return nullptr;
-    const PhiloxKey key{seed, static_cast<uint32_t>(step), static_cast<uint32_t>(id), role};
-    return draws_.fill(key, element, n);
+  RunDraws(uint64_t seed, const Tensor& t, const Run& r) : seed_(seed), t_(t), r_(r) {}
+
+  // Null where nothing is rounded stochastically.
+  const uint16_t* of(Rounding rounding, uint32_t role, int64_t type) {
+    if (rounding != Rounding::stochastic || type == int64_t(Float::fp32)) return nullptr;
+    const PhiloxKey key{seed_, static_cast<uint32_t>(t_.step), static_cast<uint32_t>(t_.id), role};
+    return draws_.fill(key, t_.offset + r_.begin, r_.n);
+  }
+
+  const uint16_t* of_weight(Rounding rounding, const MasterWeight& master) {
+    if (master.kind == int64_t(Master::remainder)) return nullptr;
+    return of(rounding, 0, t_.param_type);
   }
 
  private:
+  const uint64_t seed_;
+  const Tensor& t_;
+  const Run& r_;
   Draws draws_;
 };
 

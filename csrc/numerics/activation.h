@@ -2,7 +2,7 @@
 // and no fma, so every compiler and device gives the same bits. Branch-free.
 // Accuracy: lowp/reference/activation.py, which this repeats operation by operation.
 #pragma once
-#include "numerics/platform.h"
+#include "numerics/divide.h"
 
 namespace lowp {
 
@@ -46,7 +46,7 @@ LOWP_HD float gaussian_fp32(float x) { return exp_fp32(-0.5f * (x * x)); }
 // Phi(x): erfc(t) = exp(-t^2) P(1 / (1 + c t)), so the left tail keeps its relative accuracy.
 LOWP_HD float normal_cdf_fp32(float x, float gaussian) {
   const float t = bits_float(float_bits(x) & 0x7FFFFFFFu) * 0.707106781f;
-  const float s = 1.0f / (1.0f + 0.3f * t);
+  const float s = divide(1.0f, 1.0f + 0.3f * t);
   float q = s * -0.064701088f + 0.24246506f;
   q = q * s + -0.25542724f;
   q = q * s + 0.27296478f;
@@ -70,12 +70,12 @@ LOWP_HD float relu_fp32(float x) { return x < 0.0f ? 0.0f : x; }
 
 LOWP_HD float silu_fp32(float x) {
   const float c = cut_low(x);
-  return c / (1.0f + exp_fp32(-c));
+  return divide(c, 1.0f + exp_fp32(-c));
 }
 
 LOWP_HD float gelu_tanh_fp32(float x) {
   const float c = cut_low(x);
-  return c / (1.0f + exp_fp32(-gelu_tanh_argument(c)));
+  return divide(c, 1.0f + exp_fp32(-gelu_tanh_argument(c)));
 }
 
 LOWP_HD float gelu_fp32(float x) {

@@ -5,8 +5,10 @@
 
 #ifdef __CUDACC__
 #define LOWP_HD static __host__ __device__ __forceinline__
+#define LOWP_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define LOWP_HD static inline __attribute__((always_inline))
+#define LOWP_HD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace lowp {

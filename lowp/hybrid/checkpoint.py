@@ -106,7 +106,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
     raise CheckpointError(f"{STATE} refers to {tag} {value!r}, which the checkpoint does not have")
 
 
-def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, and none sharing memory with another, as safetensors asks."""
     seen: set[int] = set()
     result = {}
@@ -122,7 +122,7 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Put a file's or directory's content on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -139,7 +139,7 @@ def _write(path: Path, content: bytes) -> None:
             left = left[os.write(descriptor, left):]
     finally:
         os.close(descriptor)
-    _sync(path)
+    sync(path)
 
 
 def _digest(path: Path) -> str:
@@ -194,7 +194,7 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         raise ValueError(f"lowp.hybrid.checkpoint.save: expected keep >= 1 and step >= 0, "
                          f"got {keep} and {step}")
     packed, tensors = pack(state)
-    content, stored = _json(packed), _storable(tensors)
+    content, stored = _json(packed), storable(tensors)
     root.mkdir(parents=True, exist_ok=True)
     target = _free_name(root, step)
     fresh = root / f".writing-{target.name}-{os.getpid()}"
@@ -205,19 +205,19 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
             save_file(stored, fresh / TENSORS)
         except SafetensorError as error:
             raise OSError(f"writing {fresh / TENSORS} failed: {error}") from error
-        _sync(fresh / TENSORS)
+        sync(fresh / TENSORS)
         _write(fresh / STATE, content)
         files = {
             name: {"bytes": (fresh / name).stat().st_size, "sha256": _digest(fresh / name)}
             for name in (STATE, TENSORS)
         }
         _write(fresh / MANIFEST, _json({"format": FORMAT, "step": step, "files": files}))
-        _sync(fresh)
+        sync(fresh)
         os.rename(fresh, target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    _sync(root)
+    sync(root)
     _prune(root, step, keep)
     return target
 

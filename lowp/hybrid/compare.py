@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 import lowp
-from lowp.hybrid import config, curves
+from lowp.hybrid import config, curves, objective_config, ranks
 from lowp.hybrid.run import RunError, RunFolder, device_name
 
 Summary = dict[str, Any]
@@ -23,16 +23,18 @@ Train = Callable[[str, RunFolder], Summary]
 
 def supervised_only(settings: config.Config) -> config.Config:
     """The same run with cross-entropy on the labelled texts as its only objective."""
-    kept = [o for o in settings.objectives if isinstance(o, config.Supervised)]
-    return settings.model_copy(
-        update={"objectives": tuple(kept) or (config.Supervised(kind="supervised"),)}
-    )
+    kept = [o for o in settings.objectives if isinstance(o, objective_config.Supervised)]
+    return settings.model_copy(update={
+        "objectives": tuple(kept) or (objective_config.Supervised(kind="supervised"),),
+        "mixing": objective_config.Mixing(),
+    })
 
 
 def full_precision(settings: config.Config) -> config.Config:
     """The same run with fp32 ``nn.Linear`` layers and torch's AdamW, no code of lowp's kernels."""
+    objectives = tuple(o.model_copy(update={"precision": None}) for o in settings.objectives)
     return settings.model_copy(update={
-        "precision": config.Precision(linear="torch", weights="fp32"),
+        "precision": config.Precision(linear="torch", weights="fp32"), "objectives": objectives,
         "optimizer": settings.optimizer.model_copy(update={"kind": "torch_adamw"}),
     })
 
@@ -52,7 +54,7 @@ def numbers_of(settings: config.Config) -> str:
 
 def label(settings: config.Config) -> str:
     """A run in a few words, such as ``hybrid, int8, bf16 weights``."""
-    is_hybrid = any(not isinstance(o, config.Supervised) for o in settings.objectives)
+    is_hybrid = any(not isinstance(o, objective_config.Supervised) for o in settings.objectives)
     return f"{'hybrid' if is_hybrid else 'supervised'}, {numbers_of(settings)}"
 
 
@@ -88,12 +90,25 @@ def table(summaries: Mapping[str, Summary], title: str = "") -> Table:
 
 
 def finished(folder: RunFolder) -> Summary | None:
-    """The summary of a run that reached its last step, else ``None``."""
+    """The summary of a run that came to its end, else ``None``."""
     path = folder.path / "summary.json"
-    if not path.is_file():
+    text = ranks.from_first(path.read_text(encoding="utf-8") if path.is_file() else None)
+    if text is None:
         return None
-    summary: Summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary["outcome"] == "finished" else None
+    summary: Summary = json.loads(text)
+    return summary if summary["outcome"] in ("finished", "stopped early") else None
+
+
+def start(path: Path, settings: config.Config) -> RunFolder:
+    """A new folder, made by rank 0.
+
+    Raises:
+        RunError: there is a run in it already.
+    """
+    if ranks.rank() == 0:
+        RunFolder.create(path, settings)
+    ranks.wait()
+    return RunFolder(path, settings)
 
 
 def open_or_create(path: Path, settings: config.Config) -> RunFolder:
@@ -102,8 +117,8 @@ def open_or_create(path: Path, settings: config.Config) -> RunFolder:
     Raises:
         RunError: the folder holds a run of another configuration.
     """
-    if not (path / "config.yaml").exists():
-        return RunFolder.create(path, settings)
+    if not ranks.from_first((path / "config.yaml").exists()):
+        return start(path, settings)
     folder = RunFolder.open(path)
     if folder.config.digest() != settings.digest():
         raise RunError(f"{path} holds a run of another configuration; choose another --out")
@@ -153,6 +168,8 @@ def compare(settings: config.Config, seeds: Sequence[int], out: Path, results: P
         "arms": names,
         "rows": rows, **verdict(rows), "config": settings.model_dump(mode="json"),
     }
+    if ranks.rank() > 0:
+        return report
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     curves.draw_comparison(

@@ -8,34 +8,35 @@ import json
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationError,
     model_validator,
 )
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+from lowp.hybrid.objective_config import (
+    SELF_LABELLED,
+    WRITING,
+    Consistency,
+    Fallback,
+    LanguageModel,
+    Mixing,
+    Objective,
+    Ramp,
+    Supervised,
+)
+from lowp.hybrid.section import Fraction, Part, Section, Seed
 
 
 class ConfigError(ValueError):
     """A configuration is refused; the message names each key, what it must be and what came."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -62,6 +63,9 @@ class Data(Section):
         description="packages of the standard library to tell apart; docstrings only")
     labels_per_class: PositiveInt = Field(
         default=20, description="labels to keep in each class; docstrings only")
+    validation: Part = Field(
+        default=0.0, description="part of the labelled texts that is never trained on, but chooses "
+        "the best weights, which the run then ends with")
     seed: Seed = Field(default=0, description="seed of the split and of which labels are kept")
     tokenizer: Literal["wordpiece", "word"] = Field(
         default="wordpiece", description="kind of tokenizer")
@@ -82,7 +86,7 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    kind: Literal["lstm", "transformer"] = Field(default="lstm", description="which network")
+    kind: Literal["lstm", "transformer"] = Field(default="transformer", description="which network")
     embedding: PositiveInt = Field(
         default=64, description="width of the token embeddings; lstm only")
     width: PositiveInt = Field(default=128, description="width of the hidden states")
@@ -108,6 +112,11 @@ class Precision(Section):
     weights: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="type of the weights; auto: bf16 for linear bf16 and int8, else fp32")
+    share_weight_codes: bool = Field(
+        default=True, description="quantize a weight once for all passes of a step, to the same "
+        "codes; takes up to 2 bytes a weight meanwhile")
+    fallback: Fallback = Field(
+        default_factory=Fallback, description="bf16 for layers that int8 does not suit")
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +133,7 @@ class Optimizer(Section):
 
     kind: Literal["adamw", "sgd", "torch_adamw"] = Field(
         default="adamw", description="lowp.optim's AdamW or SGD, or torch.optim.AdamW")
-    lr: PositiveFloat = Field(default=1e-2, description="peak learning rate")
+    lr: PositiveFloat = Field(default=3e-3, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's averaging factors")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's addend of the denominator")
@@ -139,68 +148,10 @@ class Optimizer(Section):
     warmup: Fraction = Field(default=0.05, description="part of the steps in which the rate rises")
 
 
-class Ramp(Section):
-    """A weight that changes with the steps."""
-
-    kind: Literal["constant", "linear", "sigmoid"] = Field(default="sigmoid", description="shape")
-    start: NonNegativeFloat = Field(default=0.0, description="weight at the first step")
-    end: NonNegativeFloat = Field(default=1.0, description="weight at the end of the ramp")
-    fraction: float = Field(
-        default=0.4, gt=0, le=1, description="part of all steps that the ramp takes")
-
-
-def _weight_tag(value: Any) -> str:
-    return "ramp" if isinstance(value, Mapping | Ramp) else "number"
-
-
-Weight = Annotated[
-    Annotated[NonNegativeFloat, Tag("number")] | Annotated[Ramp, Tag("ramp")],
-    Discriminator(_weight_tag),
-]
-
-
-class _Objective(Section):
-    weight: Weight = Field(default=1.0, description="its factor in the sum of the losses")
-
-
-class Supervised(_Objective):
-    """Cross-entropy on the labelled stream."""
-
-    kind: Literal["supervised"]
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="mass spread over all classes")
-
-
-class LanguageModel(_Objective):
-    """Next-token modelling for an LSTM, masked-token modelling for a transformer."""
-
-    kind: Literal["language_model"]
-    mask_rate: float = Field(default=0.15, gt=0, lt=1, description="part of the tokens masked")
-
-
-class PseudoLabel(_Objective):
-    """The model's own confident predictions as labels."""
-
-    kind: Literal["pseudo_label"]
-    threshold: Fraction = Field(
-        default=0.95, description="least probability of a label that is used")
-
-
-class Consistency(_Objective):
-    """The same answer for a text and its augmented form."""
-
-    kind: Literal["consistency"]
-    threshold: Fraction = Field(
-        default=0.95, description="least probability of a label that is used")
-
-
-Objective = Annotated[
-    Supervised | LanguageModel | PseudoLabel | Consistency, Field(discriminator="kind")
-]
 HYBRID: tuple[Objective, ...] = (
     Supervised(kind="supervised"),
     LanguageModel(kind="language_model"),
-    Consistency(kind="consistency", weight=Ramp()),
+    Consistency(kind="consistency", weight=Ramp(end=0.3)),
 )
 
 
@@ -214,10 +165,23 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description="updates")
     objectives: tuple[Objective, ...] = Field(
         default=HYBRID, description="the losses that are added, each with its weight")
+    mixing: Mixing = Field(default_factory=Mixing, description="how the losses become one")
     steps: PositiveInt = Field(default=400, description="optimizer updates")
     batch_size: PositiveInt = Field(default=32, description="labelled texts a step")
     ratio: PositiveInt = Field(
         default=2, description="unlabelled texts for each labelled one in a step")
+    accumulate: PositiveInt = Field(
+        default=1, description="parts of a batch that go through the model one after another")
+    average: Part | None = Field(
+        default=None, description="decay of averaged weights, which evaluations use; null: none")
+    patience: PositiveInt | None = Field(
+        default=None, description="evaluations without a better validation macro-F1 before the run "
+        "stops; needs data.validation")
+    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
+        default=None, description="torch.compile's backend for the model; null: not compiled")
+    shard: bool = Field(
+        default=False, description="on several ranks: each keeps a part of the weights, gradients "
+        "and states (FSDP2); without average, mean_teacher and mixing by gradients")
     seed: Seed = Field(default=0, description="seed of weights, order, dropout, masks and rounding")
     # A step of the default model costs 0.2 s of CPU time on one thread; on two, beside two busy
     # processes on two cores, OpenMP's waiting threads made it 2.3 s.
@@ -237,9 +201,47 @@ class Config(Section):
             raise ValueError("objectives must name at least one")
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"objectives must differ in kind, got {', '.join(kinds)}")
-        if self.model.kind == "lstm" and self.model.bidirectional and "language_model" in kinds:
-            raise ValueError("model.bidirectional must be false for the objective language_model: "
+        writing = [kind for kind in kinds if kind in WRITING]
+        if self.model.kind == "transformer" and writing:
+            raise ValueError(f"model.kind must be lstm for the objective {writing[0]}: the "
+                             "transformer is an encoder and writes no text")
+        causal = [kind for kind in kinds if kind in (*WRITING, "language_model")]
+        if self.model.kind == "lstm" and self.model.bidirectional and causal:
+            raise ValueError(f"model.bidirectional must be false for the objective {causal[0]}: "
                              "an LSTM that reads both ways has seen the next token")
+        return self
+
+    @model_validator(mode="after")
+    def _precisions_fit(self) -> Config:
+        if self.precision.linear == "torch":
+            for objective in self.objectives:
+                if objective.precision is not None:
+                    raise ValueError(f"precision.linear must name a recipe for the precision of "
+                                     f"the objective {objective.kind}, got 'torch'")
+            if self.precision.fallback.sqnr is not None:
+                raise ValueError("precision.linear must name a recipe for precision.fallback, "
+                                 "got 'torch'")
+        return self
+
+    @model_validator(mode="after")
+    def _loop_fits(self) -> Config:
+        kinds = [objective.kind for objective in self.objectives]
+        if self.mixing.kind == "uncertainty" and all(kind in SELF_LABELLED for kind in kinds):
+            raise ValueError("mixing.kind uncertainty needs an objective that is not "
+                             f"self-labelled, got {', '.join(kinds)}")
+        if self.mixing.kind == "gradnorm" and len(kinds) < 2:
+            raise ValueError(f"mixing.kind gradnorm needs two objectives, got {kinds[0]}")
+        if self.patience is not None and self.data.validation == 0:
+            raise ValueError("patience needs data.validation above 0, as stopping by the held-out "
+                             "texts would be fitted to them")
+        by_gradient = self.mixing.kind == "gradnorm" or self.mixing.project_conflicts \
+            or self.mixing.separate_gradients
+        if self.shard and (by_gradient or self.average is not None or "mean_teacher" in kinds):
+            raise ValueError("shard must be false for average, mean_teacher, gradnorm, "
+                             "project_conflicts and separate_gradients, which need whole weights")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must be at most batch_size {self.batch_size}, "
+                             f"got {self.accumulate}")
         return self
 
     def digest(self) -> str:

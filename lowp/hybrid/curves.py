@@ -16,7 +16,7 @@ COLORS = ("#3566b8", "#d1662b", "#3d8f5f", "#8a57a8", "#9c7a28", "#5b6470")
 INK, FAINT = "#2b2f36", "#d9dce1"
 
 
-def _figure(panels: int, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A row of plain panels. The canvas needs no display and no global state of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
@@ -33,7 +33,7 @@ def _figure(panels: int, width: float = 5.0, height: float = 3.4) -> tuple[Figur
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, format="png")
     fresh.replace(path)
@@ -56,7 +56,7 @@ def draw_losses(records: Iterable[Mapping[str, Any]], path: Path) -> None:
         for name, term in record.get("objectives", {}).items():
             if "loss" in term:
                 curves.setdefault(name, []).append((record["step"], term["loss"], term["weight"]))
-    figure, axes = _figure(max(1, len(curves)))
+    figure, axes = new_figure(max(1, len(curves)))
     for ax, color, (name, points) in zip(axes, _cycle(len(curves)), curves.items(), strict=False):
         steps, losses, weights = zip(*points, strict=True)
         ax.plot(steps, losses, color=color, alpha=0.25, linewidth=0.7)
@@ -72,7 +72,7 @@ def draw_losses(records: Iterable[Mapping[str, Any]], path: Path) -> None:
             twin.set_ylim(0, 1.05 * max(weights))
             twin.spines[["top"]].set_visible(False)
     axes[0].set_ylabel("loss", fontsize=9, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _cycle(count: int) -> list[str]:
@@ -87,7 +87,7 @@ def draw_accuracy(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: Path,
         runs: name of each run to its records.
         chance: accuracy of the most frequent class, drawn as a dotted line.
     """
-    figure, (ax,) = _figure(1, 6.0, 3.8)
+    figure, (ax,) = new_figure(1, 6.0, 3.8)
     for color, (name, log) in zip(_cycle(len(runs)), runs.items(), strict=True):
         points = [(r["step"], 100 * r["eval"]["accuracy"]) for r in log if "eval" in r]
         if points:
@@ -101,7 +101,41 @@ def draw_accuracy(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: Path,
     ax.set_ylabel("held-out accuracy, %", fontsize=9, color=INK)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def draw_overlay(runs: Mapping[str, Iterable[Mapping[str, Any]]], path: Path) -> None:
+    """Several runs over each other: the loss of every objective, smoothed, and what is held out.
+
+    Args:
+        runs: name of each run to its records. A run without a curve is missing in that panel.
+    """
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+
+    def add(panel: str, run: str, step: int, value: float) -> None:
+        steps, values = curves.setdefault(panel, {}).setdefault(run, ([], []))
+        steps.append(step)
+        values.append(value)
+
+    for name, log in runs.items():
+        for record in log:
+            for objective, term in record.get("objectives", {}).items():
+                if "loss" in term and math.isfinite(float(term["loss"])):
+                    add(f"{objective.replace('_', ' ')}, loss", name, record["step"], term["loss"])
+            for key, value in record.get("eval", {}).items():
+                if isinstance(value, float) and math.isfinite(value):
+                    add(f"held-out {key.replace('_', ' ')}", name, record["step"], value)
+    figure, axes = new_figure(max(1, len(curves)))
+    colors = dict(zip(runs, _cycle(len(runs)), strict=True))
+    for ax, (panel, lines) in zip(axes, curves.items(), strict=False):
+        for name, (steps, values) in lines.items():
+            rough = panel.endswith(", loss")
+            ax.plot(steps, smoothed(values) if rough else values, color=colors[name],
+                    linewidth=1.6, marker="" if rough else "o", markersize=3, label=name)
+        ax.set_title(panel, fontsize=10, color=INK, loc="left")
+        ax.set_xlabel("step", fontsize=9, color=INK)
+        ax.legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
 
 
 def draw_comparison(accuracies: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
@@ -111,7 +145,7 @@ def draw_comparison(accuracies: Mapping[str, Sequence[float]], title: str, path:
         accuracies: name of each arm to its accuracies, one a seed in the same order of seeds;
             lines join what one seed gave.
     """
-    figure, (ax,) = _figure(1, 1.2 + 1.9 * len(accuracies), 4.2)
+    figure, (ax,) = new_figure(1, 1.2 + 1.9 * len(accuracies), 4.2)
     names = list(accuracies)
     for seed in zip(*accuracies.values(), strict=True):
         ax.plot(range(len(names)), [100 * v for v in seed], color=FAINT, linewidth=1.0, zorder=1)
@@ -126,4 +160,4 @@ def draw_comparison(accuracies: Mapping[str, Sequence[float]], title: str, path:
     ax.set_ylabel("held-out accuracy, %", fontsize=9, color=INK)
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     ax.grid(axis="x", visible=False)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -13,19 +13,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowp.hybrid import checkpoint, config, curves, objectives
+from lowp.hybrid import checkpoint, config, curves, ranks
+from lowp.hybrid.average import WeightAverage
 from lowp.hybrid.batches import Stream
+from lowp.hybrid.building import (
+    Surroundings,
+    build_mixing,
+    build_objective,
+    compile_model,
+    sentinels_needed,
+)
 from lowp.hybrid.corpus import Corpus, load_dataset_by_name, load_docstrings, load_files
 from lowp.hybrid.evaluation import HeldOut
+from lowp.hybrid.fallback import SqnrFallback
 from lowp.hybrid.models import LSTMClassifier, TransformerEncoder
+from lowp.hybrid.random import permutation
 from lowp.hybrid.run import Log, RunFolder, bytes_per_parameter
+from lowp.hybrid.sharding import shard
 from lowp.hybrid.tokenizer import Tokenizer, train_tokenizer
-from lowp.hybrid.trainer import Outcome, Record, Trainer, WeightedObjective
+from lowp.hybrid.trainer import Outcome, Record, Trainer
 from lowp.key import clock, tensor_id
 from lowp.linear import Linear
 from lowp.optim import SGD, AdamW
+from lowp.report import Report, report
 
-LABELLED, UNLABELLED = 0, 1  # dataset ids: each stream's order has random bits of its own
+# dataset ids: each order has random bits of its own
+LABELLED, UNLABELLED, VALIDATION = 0, 1, 2
 
 
 class ResumeError(RuntimeError):
@@ -94,27 +107,22 @@ def build_optimizer(settings: config.Optimizer, model: nn.Module, seed: int) -> 
                weight_decay=settings.weight_decay, **ours)
 
 
-def build_objective(settings: config.Objective, steps: int, is_causal: bool,
-                    seed: int) -> WeightedObjective:
-    """An objective with its weight, which is a ramp over a part of the steps or constant."""
-    objective: Any
-    if isinstance(settings, config.Supervised):
-        objective = objectives.Supervised(label_smoothing=settings.label_smoothing)
-    elif isinstance(settings, config.LanguageModel):
-        objective = objectives.CausalLM() if is_causal \
-            else objectives.MaskedLM(rate=settings.mask_rate, seed=seed)
-    elif isinstance(settings, config.PseudoLabel):
-        objective = objectives.PseudoLabel(threshold=settings.threshold)
-    else:
-        objective = objectives.Consistency(threshold=settings.threshold, seed=seed)
-    weight: float | Callable[[int], float]
-    if isinstance(settings.weight, config.Ramp):
-        ramp = settings.weight
-        length = max(1, round(ramp.fraction * steps))
-        weight = objectives.Ramp(kind=ramp.kind, start=ramp.start, end=ramp.end, steps=length)
-    else:
-        weight = settings.weight
-    return WeightedObjective(objective, weight)
+def split_labelled(labels: list[int], part: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which texts are trained on and which choose the best weights: ``part`` of each class.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    order = permutation(len(labels), seed, 0, VALIDATION).tolist()
+    kept: list[int] = []
+    for label in sorted(set(labels)):
+        members = [i for i in order if labels[i] == label]
+        kept += members[: round(part * len(members))]
+    trained = sorted(set(range(len(labels))) - set(kept))
+    if part > 0 and not (kept and trained):
+        raise ValueError(f"data.validation must leave texts on both sides of {len(labels)}, "
+                         f"got {part}")
+    return trained, sorted(kept)
 
 
 @dataclass
@@ -166,36 +174,81 @@ def build(settings: config.Config) -> Experiment:
     unlabelled = tokenizer.encode_batch(corpus.unlabelled, data.max_length)
     heldout = tokenizer.encode_batch([text for text, _ in corpus.heldout], data.max_length)
     labels = [label for _, label in corpus.labelled]
-    model = build_model(settings, tokenizer.vocab_size, len(corpus.classes))
-    terms = [
-        build_objective(o, settings.steps, bool(model.is_causal), settings.seed)
-        for o in settings.objectives
-    ]
-    evaluate = HeldOut(heldout, [label for _, label in corpus.heldout], len(corpus.classes),
+    trained, kept = split_labelled(labels, data.validation, data.seed)
+    classes = len(corpus.classes)
+    sentinels = range(tokenizer.vocab_size, tokenizer.vocab_size + sentinels_needed(settings))
+    model = build_model(settings, tokenizer.vocab_size + len(sentinels), classes)
+    compile_model(model, settings.compile)
+    if settings.shard:
+        shard(model)
+    evaluate = HeldOut(heldout, [label for _, label in corpus.heldout], classes,
                        settings.eval_batch_size)
+    validate = HeldOut([labelled[i] for i in kept], [labels[i] for i in kept], classes,
+                       settings.eval_batch_size) if kept else None
     # The labelled texts are read by the unsupervised objectives too, without their labels.
-    without_labels = [(tokens, None) for tokens in [*unlabelled, *labelled]]
+    without_labels = [(tokens, None) for tokens in [*unlabelled, *(labelled[i] for i in trained)]]
+    tokens = torch.tensor([token for text, _ in without_labels for token in text])
+    around = Surroundings(
+        steps=settings.steps, is_causal=bool(model.is_causal), classes=classes,
+        samples=len(without_labels), frequencies=tokens.bincount(minlength=tokenizer.vocab_size),
+        continues=tokenizer.continues(), sentinels=sentinels, seed=settings.seed)
+    terms = [build_objective(o, around) for o in settings.objectives]
+    rank, world_size = ranks.rank(), ranks.world_size()
+    fallback = settings.precision.fallback
     trainer = Trainer(
         model, build_optimizer(settings.optimizer, model, settings.seed), terms,
-        Stream(list(zip(labelled, labels, strict=True)), settings.batch_size, settings.seed,
-               LABELLED),
-        Stream(without_labels, settings.ratio * settings.batch_size, settings.seed, UNLABELLED),
+        Stream([(labelled[i], labels[i]) for i in trained], settings.batch_size, settings.seed,
+               LABELLED, rank, world_size),
+        Stream(without_labels, settings.ratio * settings.batch_size, settings.seed, UNLABELLED,
+               rank, world_size),
         steps=settings.steps, warmup=settings.optimizer.warmup, clip=settings.optimizer.clip,
-        max_skipped=settings.max_skipped, evaluate=evaluate, eval_every=settings.eval_every,
-        checkpoint_every=settings.checkpoint_every,
+        max_skipped=settings.max_skipped, accumulate=settings.accumulate,
+        mixing=build_mixing(settings.mixing, terms),
+        project_conflicts=settings.mixing.project_conflicts,
+        separate=settings.mixing.separate_gradients,
+        average=None if settings.average is None else WeightAverage(settings.average),
+        fallback=None if fallback.sqnr is None
+        else SqnrFallback(fallback.sqnr, fallback.every, fallback.steps),
+        share_weight_codes=settings.precision.share_weight_codes,
+        evaluate=evaluate, validate=validate, patience=settings.patience,
+        eval_every=settings.eval_every, checkpoint_every=settings.checkpoint_every,
+        seed=settings.seed,
     )
     facts = {
-        "name": corpus.name, "classes": len(corpus.classes), "labelled": len(corpus.labelled),
+        "name": corpus.name, "classes": classes, "labelled": len(trained),
+        **({"validation": len(kept)} if kept else {}),
         "unlabelled": len(corpus.unlabelled), "held-out": len(corpus.heldout),
         "vocabulary": tokenizer.vocab_size, "most frequent class": evaluate.chance(),
     }
     return Experiment(settings, trainer, evaluate, tokenizer, facts, fingerprint(corpus))
 
 
+def inspect(folder: RunFolder) -> Report:
+    """What low precision does to every layer of a run, from its newest checkpoint's next batch.
+
+    Raises:
+        ResumeError, checkpoint.CheckpointError: the checkpoint cannot be read. ValueError: the run
+            has no checkpoint, no lowp layer, or no objective over labelled texts.
+    """
+    if not checkpoint.checkpoints(folder.checkpoints):
+        raise ValueError(f"{folder.path} holds no checkpoint yet")
+    experiment = build(folder.config)
+    experiment.load_state_dict(checkpoint.restore(folder.checkpoints).state)
+    trainer = experiment.trainer
+    term = next((t for t in trainer.objectives if t.stream == "labelled"), None)
+    if term is None:
+        raise ValueError(f"{folder.path}: expected an objective over labelled texts, got none")
+    trainer.model.train()
+    return report(trainer.model, trainer.labelled.next(), term.objective,
+                  optimizer=trainer.optimizer)
+
+
 def train(folder: RunFolder, watch: Callable[[Record], None] = lambda record: None,
           ready: Callable[[Experiment], None] = lambda experiment: None,
           ) -> tuple[Outcome, dict[str, Any]]:
     """Train the run of a folder, from its newest whole checkpoint if there is one.
+
+    On several ranks every one calls this; rank 0 alone writes into the folder.
 
     Args:
         watch: called with every record after it is logged.
@@ -211,6 +264,10 @@ def train(folder: RunFolder, watch: Callable[[Record], None] = lambda record: No
     trainer = experiment.trainer
     if checkpoint.checkpoints(folder.checkpoints):
         experiment.load_state_dict(checkpoint.restore(folder.checkpoints).state)
+    ranks.wait()  # until all have read it
+    if ranks.rank() > 0:
+        outcome = trainer.run()
+        return outcome, ranks.from_first({})
     (folder.path / "tokenizer.json").write_text(experiment.tokenizer.to_json(), encoding="utf-8")
     log = Log(folder.path, trainer.step)
 
@@ -222,16 +279,31 @@ def train(folder: RunFolder, watch: Callable[[Record], None] = lambda record: No
         log.sync()
         checkpoint.save(folder.checkpoints, step, experiment.stamped(state), folder.config.keep)
 
-    trainer.record, trainer.save = record, save
+    def save_best(step: int, state: dict[str, Any]) -> None:
+        checkpoint.save(folder.best, step, experiment.stamped(state), keep=1)
+
+    trainer.record, trainer.save, trainer.save_best = record, save, save_best
     ready(experiment)
     try:
         outcome = trainer.run()
     finally:
         log.close()
+    summary = _sum_up(experiment, folder, outcome)
+    return outcome, ranks.from_first(summary)
+
+
+def _sum_up(experiment: Experiment, folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
+    """Write the summary and the pictures; with validation, of the best weights."""
+    trainer = experiment.trainer
     parameters = sum(p.numel() for p in trainer.model.parameters())
     memory = bytes_per_parameter(trainer.model, trainer.optimizer)
-    summary = folder.summarize(outcome.status, trainer.best, memory, parameters, experiment.facts)
+    chosen = None
+    if trainer.validate is not None and checkpoint.checkpoints(folder.best):
+        trainer.model.load_state_dict(checkpoint.restore(folder.best).state["trainer"]["model"])
+        chosen = experiment.heldout(trainer.model)
+    summary = folder.summarize(outcome.status, trainer.best, memory, parameters, experiment.facts,
+                               chosen)
     curves.draw_losses(folder.records(), folder.path / "loss.png")
     curves.draw_accuracy({folder.path.name: folder.records()}, folder.path / "accuracy.png",
                          experiment.heldout.chance())
-    return outcome, summary
+    return summary

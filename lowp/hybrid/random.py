@@ -22,6 +22,7 @@ MAX_ROWS = 1 << 27  # so that a group of eight elements has a number below 2^48
 _MASK = 0xFFFFFFFF
 
 _pass: ContextVar[int] = ContextVar("lowp_hybrid_pass", default=0)
+_view: ContextVar[int] = ContextVar("lowp_hybrid_view", default=0)
 _rows: ContextVar[Tensor | None] = ContextVar("lowp_hybrid_rows", default=None)
 
 
@@ -36,6 +37,16 @@ def pass_index(index: int) -> Iterator[None]:
 
 
 @contextmanager
+def view(index: int) -> Iterator[None]:
+    """Several passes of one objective over the same texts: each view has bits of its own."""
+    token = _view.set(index)
+    try:
+        yield
+    finally:
+        _view.reset(token)
+
+
+@contextmanager
 def sample_rows(sample_ids: Tensor) -> Iterator[None]:
     """Key what is drawn inside by sample: row b of a batch is ``sample_ids[b]``, int64 [B]."""
     token = _rows.set(sample_ids)
@@ -46,8 +57,9 @@ def sample_rows(sample_ids: Tensor) -> Iterator[None]:
 
 
 def stream_id(name: str) -> int:
-    """The 32-bit ``tensor`` of a named use of random bits in the current pass."""
-    return tensor_id(f"{name}/pass {_pass.get()}")
+    """The 32-bit ``tensor`` of a named use of random bits in the current pass and view."""
+    other = f"/view {_view.get()}" if _view.get() else ""
+    return tensor_id(f"{name}/pass {_pass.get()}{other}")
 
 
 def uniform(shape: Sequence[int], seed: int, step: int, tensor: int, role: int) -> Tensor:
@@ -96,11 +108,39 @@ def integers(rows: Tensor, width: int, bound: int, seed: int, step: int, tensor:
     return ((pairs[..., 0] << 16 | pairs[..., 1]) * bound) >> 32
 
 
+def normals(rows: Tensor, width: int, seed: int, step: int, tensor: int, role: int) -> Tensor:
+    """Standard normal fp32 numbers from 16 bits each, [B, width]: |z| is at most 4.3."""
+    uniforms = (row_draws(rows, width, seed, step, tensor, role).double() + 0.5) / 65536
+    return (2**0.5 * torch.erfinv(2 * uniforms - 1)).float()
+
+
 def permutation(n: int, seed: int, epoch: int, dataset: int) -> Tensor:
     """The order of a data set of n samples in one epoch, int64 [n]: a function of its arguments."""
     bits = draws(seed, epoch, dataset, Role.SAMPLING, 4 * n).reshape(n, 4)
     keys = (bits[:, 0] & 0x7FFF) << 48 | bits[:, 1] << 32 | bits[:, 2] << 16 | bits[:, 3]
     return torch.argsort(keys, stable=True)
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Inside, no dropout layer of the model drops anything; its mode stays as it is.
+
+    A recurrent layer keeps training mode, without which cuDNN has no backward pass for it.
+    """
+    layers = [m for m in model.modules()
+              if isinstance(m, Dropout | nn.Dropout | nn.AlphaDropout) and m.training]
+    recurrent = [(m, m.dropout) for m in model.modules() if isinstance(m, nn.RNNBase)]
+    for layer in layers:
+        layer.training = False
+    for rnn, _ in recurrent:
+        rnn.dropout = 0.0
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
+        for rnn, dropout in recurrent:
+            rnn.dropout = dropout
 
 
 class Dropout(nn.Module):

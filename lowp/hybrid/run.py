@@ -6,6 +6,7 @@
     loss.png accuracy.png
     tokenizer.json  the vocabulary
     checkpoint/     see lowp.hybrid.checkpoint
+    best/           the best weights by the validation texts, if there are some
     summary.md summary.json
 """
 
@@ -115,8 +116,9 @@ def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     for key, value in record.items():
         if isinstance(value, float | int) and key != "step":
             yield f"train/{key}", float(value)
-    for name, value in record.get("eval", {}).items():
-        yield f"heldout/{name}", value
+    for kind, key in (("heldout", "eval"), ("validation", "validation"), ("mixing", "mixing")):
+        for name, value in record.get(key, {}).items():
+            yield f"{kind}/{name}", value
     for name, term in record.get("objectives", {}).items():
         for key, value in term.items():
             yield f"{name}/{key}", value
@@ -212,12 +214,18 @@ class RunFolder:
         """Where the checkpoints lie."""
         return self.path / "checkpoint"
 
+    @property
+    def best(self) -> Path:
+        """Where the best weights lie."""
+        return self.path / "best"
+
     def records(self) -> list[Record]:
         """The log so far."""
         return list(records(self.path / "log.jsonl"))
 
     def summarize(self, outcome: str, best: dict[str, float], memory: BytesPerParameter,
-                  parameters: int, extra: dict[str, Any]) -> dict[str, Any]:
+                  parameters: int, extra: dict[str, Any],
+                  chosen: dict[str, float] | None = None) -> dict[str, Any]:
         """Write ``summary.json`` and ``summary.md``; the summary as it stands in the first.
 
         Args:
@@ -226,6 +234,7 @@ class RunFolder:
             memory: bytes for each parameter.
             parameters: how many the model has.
             extra: facts of the data, written as they are.
+            chosen: held-out metrics of the weights that were chosen; by default the last ones'.
         """
         log = self.records()
         evals = [r for r in log if "eval" in r]
@@ -235,7 +244,7 @@ class RunFolder:
             "outcome": outcome,
             "steps": max((r["step"] for r in log), default=0),
             "skipped_steps": sum("skipped" in r for r in log),
-            "heldout": evals[-1]["eval"] if evals else {},
+            "heldout": chosen or (evals[-1]["eval"] if evals else {}),
             "best": best,
             "losses": {n: t.get("loss") for n, t in steps[-1]["objectives"].items()} if steps
             else {},
@@ -260,12 +269,14 @@ def _page(name: str, summary: dict[str, Any]) -> str:
     heldout, memory = summary["heldout"], summary["bytes_per_parameter"]
     config, data = summary["config"], summary["data"]
     seconds = summary["seconds_per_step"]
+    measured, metric = ("validation macro-F1", "macro_f1") if config["data"]["validation"] \
+        else ("held-out accuracy", "accuracy")
     rows = {
         "outcome": f"{summary['outcome']} after {summary['steps']} steps",
         "steps not applied": summary["skipped_steps"],
         **{f"held-out {key}": f"{value:.4f}" for key, value in heldout.items()},
-        "best held-out accuracy": f"{summary['best'].get('accuracy', math.nan):.4f} "
-                                  f"at step {summary['best'].get('step', '-')}",
+        f"best {measured}": f"{summary['best'].get(metric, math.nan):.4f} "
+                            f"at step {summary['best'].get('step', '-')}",
         "seconds a step (median)": "-" if seconds is None else f"{seconds:.4f}",
         "bytes a parameter": f"{memory['total']:.2f} = weights {memory['weights']:.2f} + gradients "
                              f"{memory['gradients']:.2f} + states {memory['states']:.2f}",

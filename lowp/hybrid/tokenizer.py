@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tokenizers
+import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
 PAD, UNK, MASK, CLS, EOS = range(5)
 SPECIAL = ("[PAD]", "[UNK]", "[MASK]", "[CLS]", "[EOS]")
@@ -56,6 +58,10 @@ class Tokenizer:
     def token(self, number: int) -> str:
         """The token of a number."""
         return str(self._inner.id_to_token(number))
+
+    def continues(self) -> Tensor:
+        """Which tokens continue a word, bool [V]: those that word pieces write with ``##``."""
+        return torch.tensor([self.token(n).startswith("##") for n in range(self.vocab_size)])
 
     def to_json(self) -> str:
         """All that the tokenizer is, as JSON."""

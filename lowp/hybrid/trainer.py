@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-import random as python_random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import numpy
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowp.hybrid.random import pass_index
+from lowp.hybrid import ranks, sharding
+from lowp.hybrid.average import WeightAverage
+from lowp.hybrid.fallback import SqnrFallback
+from lowp.hybrid.generators import random_state, set_random_state
+from lowp.hybrid.gradients import Gradients, dot, norm
+from lowp.hybrid.interruption import sigint_noted
+from lowp.hybrid.mixing import Mixing, without_conflicts
+from lowp.hybrid.passes import Passes, Record
+from lowp.hybrid.schedule import learning_rate, set_rate
+from lowp.hybrid.stopping import Best
+from lowp.hybrid.term import WeightedObjective
 from lowp.key import clock
+from lowp.weight_codes import WeightCodes, shared_weight_codes
 
-Record = dict[str, Any]
+__all__ = ["BatchStream", "Outcome", "Record", "Trainer", "WeightedObjective"]
 
 
 class BatchStream(Protocol):
@@ -31,105 +37,15 @@ class BatchStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass
-class WeightedObjective:
-    """One term ``w(t) · L`` of the loss.
-
-    Attributes:
-        objective: ``(model, batch)`` to a scalar loss, or to a result with ``loss`` and
-            ``metrics``. Its ``stream`` attribute, ``"labelled"`` unless it has one, says which
-            batches it gets, and its ``name`` how it is logged.
-        weight: a number, or a function of the step, 1 at the first. A term of weight 0 is not
-            computed.
-    """
-
-    objective: Callable[[Any, Any], Any]
-    weight: float | Callable[[int], float] = 1.0
-    name: str = ""
-    stream: str = ""
-
-    def __post_init__(self) -> None:
-        kind = getattr(self.objective, "__name__", type(self.objective).__name__)
-        self.name = self.name or str(getattr(self.objective, "name", kind))
-        self.stream = self.stream or str(getattr(self.objective, "stream", "labelled"))
-        if self.stream not in ("labelled", "unlabelled"):
-            raise ValueError(f"lowp.hybrid.Trainer: stream of objective {self.name!r} must be "
-                             f"'labelled' or 'unlabelled', got {self.stream!r}")
-
-    def weight_at(self, step: int) -> float:
-        """``w(step)``, checked to be finite and not negative."""
-        weight = float(self.weight(step) if callable(self.weight) else self.weight)
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"lowp.hybrid.Trainer: weight of objective {self.name!r} must be "
-                             f"finite and at least 0, got {weight} at step {step}")
-        return weight
-
-
 class Outcome(NamedTuple):
-    """Why :meth:`Trainer.run` returned: ``"finished"``, ``"interrupted"`` or ``"diverged"``."""
+    """Why :meth:`Trainer.run` returned.
+
+    ``"finished"``, ``"stopped early"``, ``"interrupted"`` or ``"diverged"``.
+    """
 
     status: str
     step: int
     reason: str = ""
-
-
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor of the peak rate at ``step`` (1 at the first): linear warm-up, then cosine to zero.
-
-    Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5 without restarts. The rate is positive at
-    every step of the run, the last included.
-    """
-    rising = round(warmup * steps)
-    if step <= rising:
-        return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising - 1) / max(1, steps - rising)))
-
-
-class _NotFiniteError(Exception):
-    """This step must not be applied; the message says why."""
-
-
-class _GradientNorm:
-    """The norm of what one backward pass adds to the gradients, exactly and without a copy.
-
-    A hook on a leaf sees the gradient of this pass before it is added to those of earlier ones.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._norms: dict[int, Tensor] = {}
-        for index, parameter in enumerate(parameters):
-            parameter.register_hook(
-                lambda grad, index=index: self._see(index, grad)
-            )
-
-    def _see(self, index: int, grad: Tensor) -> None:
-        self._norms[index] = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
-
-    def take(self) -> float:
-        """The norm since the last call; in the order of the parameters, so it repeats itself."""
-        norms = [float(self._norms[index]) for index in sorted(self._norms)]
-        self._norms.clear()
-        return math.sqrt(math.fsum(norm * norm for norm in norms))
-
-
-@contextlib.contextmanager
-def _sigint_noted() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted, so that a step can end; a second one acts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    noted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        noted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @dataclass
@@ -140,16 +56,32 @@ class Trainer:
     The whole gradient is clipped to norm ``clip`` (Pascanu et al., "On the difficulty of training
     recurrent neural networks", ICML 2013, section 3.2), then the optimizer steps once. A step whose
     loss or gradient is not finite is not applied and leaves weights, states and
-    :data:`lowp.key.clock` as they were.
+    :data:`lowp.key.clock` as they were; its record names the layer, the batch or the loss at fault.
+
+    On several ranks, and with several parts a step, an objective with a ``count`` gives the mean
+    over the whole batch, so that curves are those of one rank and one part up to the order of fp32
+    sums.
 
     Attributes:
         labelled, unlabelled: the two streams; each gives one batch a step to its objectives.
         steps: training steps of the whole run, which the learning rate's schedule spans.
         warmup: part of the steps in which the learning rate rises.
         max_skipped: consecutive steps that are not applied before the run stops.
+        accumulate: parts of each batch that go through the model one after another.
+        mixing: a rule that learns factors of the weights; by default none.
+        project_conflicts: PCGrad, see :func:`lowp.hybrid.mixing.without_conflicts`.
+        separate: keep each objective's own gradient, and log its norm and the cosine of its angle
+            to the first objective's; 4 bytes a weight and objective. Some mixing needs it anyway.
+        average: averaged weights, which evaluations see instead of the last ones.
+        fallback: layers whose int8 operands lose too much run in bf16 for a while.
+        share_weight_codes: quantize each weight once a step (:mod:`lowp.weight_codes`).
         evaluate: the model to metrics on held-out data; ``accuracy`` is what ``best`` follows.
+        validate: the model to metrics on data kept for choosing the best weights by.
+        patience: evaluations without a better ``macro_f1`` of ``validate`` before the run stops.
+        seed: of the order in which conflicts are projected.
         record: called with each step's and evaluation's record.
         save: called with the state to be checkpointed.
+        save_best: called with the state when ``validate`` gave the best macro-F1 so far.
 
     Raises:
         ValueError: options that do not fit each other.
@@ -164,15 +96,25 @@ class Trainer:
     warmup: float = 0.05
     clip: float = 1.0
     max_skipped: int = 10
+    accumulate: int = 1
+    mixing: Mixing = field(default_factory=Mixing)
+    project_conflicts: bool = False
+    separate: bool = False
+    average: WeightAverage | None = None
+    fallback: SqnrFallback | None = None
+    share_weight_codes: bool = True
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    patience: int | None = None
     eval_every: int = 100
     checkpoint_every: int = 100
+    seed: int = 0
     record: Callable[[Record], None] = lambda record: None
     save: Callable[[int, dict[str, Any]], None] = lambda step, state: None
+    save_best: Callable[[int, dict[str, Any]], None] = lambda step, state: None
     step: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     skipped_in_a_row: int = field(default=0, init=False)
-    best: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.objectives]
@@ -182,146 +124,236 @@ class Trainer:
         if self.unlabelled is None and any(t.stream == "unlabelled" for t in self.objectives):
             raise ValueError("lowp.hybrid.Trainer: an objective needs the unlabelled stream, "
                              "got unlabelled=None")
-        if min(self.steps, self.eval_every, self.checkpoint_every, self.max_skipped) < 1:
-            raise ValueError("lowp.hybrid.Trainer: steps, eval_every, checkpoint_every and "
-                             "max_skipped must be at least 1")
+        if min(self.steps, self.eval_every, self.checkpoint_every, self.max_skipped,
+               self.accumulate, 1 if self.patience is None else self.patience) < 1:
+            raise ValueError("lowp.hybrid.Trainer: steps, eval_every, checkpoint_every, "
+                             "max_skipped, accumulate and patience must be at least 1")
+        if self.patience is not None and self.validate is None:
+            raise ValueError("lowp.hybrid.Trainer: patience needs validate, got None")
         groups = self.optimizer.param_groups
         for group in groups:
             group.setdefault("initial_lr", float(group["lr"]))
         self.parameters: list[Tensor] = [p for g in groups for p in g["params"] if p.requires_grad]
-        self._norm = _GradientNorm(self.parameters)
+        self.separate = self.separate or self.project_conflicts or self.mixing.separate
+        if self.separate and sharding.is_sharded(self.parameters):
+            raise ValueError("lowp.hybrid.Trainer: separate gradients, as project_conflicts and "
+                             "GradNorm need them, expect whole weights, got sharded ones")
+        self._gradients = Gradients(self.parameters, len(names), self.accumulate, self.separate)
+        self._best = Best("accuracy" if self.validate is None else "macro_f1")
+        self._codes = WeightCodes()
+        self._passes: Passes | None = None
+        self._seconds = 0.0
 
-    def _batches(self) -> dict[str, Any]:
-        """This step's batch of each stream that an objective reads; a stream moves once a step."""
-        wanted = {term.stream for term in self.objectives}
+    @property
+    def best(self) -> dict[str, float]:
+        """The best evaluation and its step; of ``validate``, if there is one."""
+        return self._best.metrics
+
+    @property
+    def _streams(self) -> dict[str, BatchStream]:
         streams = {"labelled": self.labelled, "unlabelled": self.unlabelled}
-        return {n: s.next() for n, s in streams.items() if n in wanted and s is not None}
+        return {name: stream for name, stream in streams.items() if stream is not None}
 
-    def _add(self, index: int, term: WeightedObjective, batch: Any, step: int) -> Record:
-        """Add the gradients of one term to those that are there."""
-        weight = term.weight_at(step)
-        if weight == 0:
-            return {"weight": 0.0}
-        with pass_index(index):
-            result = term.objective(self.model, batch)
-        loss = result if isinstance(result, Tensor) else result.loss
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"lowp.hybrid.Trainer: objective {term.name!r} must give a scalar "
-                             f"loss that depends on the model, got shape {tuple(loss.shape)}, "
-                             f"requires_grad={loss.requires_grad}")
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise _NotFiniteError(f"the loss of {term.name} is {value}")
-        with pass_index(index):  # a recomputed forward draws what the first one drew
-            (loss * weight).backward()
-        metrics = {} if isinstance(result, Tensor) else dict(result.metrics)
-        norm = self._norm.take()
-        return {"loss": value, "weight": weight, "grad_norm": norm, **metrics}
+    def _begin(self) -> Passes:
+        """Start a step: its batches, learning rate and an empty gradient."""
+        self.model.train()
+        step = self.step + 1
+        self._gradients.begin()
+        for term in self.objectives:
+            term.tell("begin_step")
+        set_rate(self.optimizer, learning_rate(step, self.steps, self.warmup))
+        self._seconds = 0.0
+        passes = Passes(self.model, self.objectives, self.mixing, self.accumulate, step)
+        passes.start(self._streams)
+        if self.fallback is not None:
+            passes.events = self.fallback.begin(self.model, step)
+            passes.kept = set(self.fallback.until)
+        return passes
 
-    def _clip(self) -> float:
-        """Scale the gradients to norm ``clip`` if theirs is larger; their norm, summed in fp32."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        norm = math.sqrt(math.fsum(float(n) ** 2 for n in norms))
-        if not math.isfinite(norm):
-            raise _NotFiniteError(f"the gradient's norm is {norm}")
-        if norm > self.clip:
-            torch._foreach_mul_(grads, self.clip / norm)
-        return norm
+    def micro_step(self) -> Record | None:
+        """One part of a step: a forward and backward of every objective; the last part updates.
 
-    def _update(self, step: int) -> Record:
-        self.optimizer.zero_grad(set_to_none=True)
-        factor = learning_rate(step, self.steps, self.warmup)
-        for group in self.optimizer.param_groups:
-            rate = group["initial_lr"] * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        batches = self._batches()
-        terms = {
-            term.name: self._add(index, term, batches[term.stream], step)
-            for index, term in enumerate(self.objectives)
-        }
-        total = math.fsum(t["weight"] * t.get("loss", 0.0) for t in terms.values())
-        norm = self._clip()
+        Returns:
+            ``None``, or after the last part what :meth:`train_step` returns.
+        """
+        start = time.perf_counter()
+        if self._passes is None:
+            self._passes = self._begin()
+        passes = self._passes
+        if self.share_weight_codes:
+            with shared_weight_codes(self._codes):
+                passes.run_part(self._gradients)
+        else:
+            passes.run_part(self._gradients)
+        record = self._end(passes) if passes.is_complete else None
+        self._seconds += time.perf_counter() - start
+        if record is not None:
+            self._passes = None
+            self._codes.clear()
+            record["seconds"] = self._seconds
+        return record
+
+    def _end(self, passes: Passes) -> Record:
+        """Update by the sum of all parts, or skip the step."""
+        trouble = passes.finish()
+        record: Record = {"step": passes.step}
+        if not trouble:
+            trouble = self._update(passes, record)
+        if self.fallback is not None:
+            passes.events += self.fallback.finish(self.model, passes.step)
+        if passes.events:
+            record["fallback"] = passes.events
+        if trouble:
+            culprit = passes.culprit()
+            self._gradients.begin()
+            for term in self.objectives:
+                term.tell("begin_step")
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            record = {"step": passes.step, "skipped": trouble}
+            if culprit:
+                record["culprit"] = culprit
+        else:
+            self.skipped_in_a_row = 0
+        self.step = passes.step
+        return record
+
+    def _update(self, passes: Passes, record: Record) -> str:
+        """Combine, clip and step; why not, if the gradient is not finite."""
+        gradients, terms = self._gradients, passes.terms
+        gradients.reduce()
+        own = {}
+        if self.separate:
+            own = dict(zip(terms, gradients.sums, strict=True))
+            norms = {name: norm(vector) for name, vector in own.items()}
+            first = next(iter(own))
+            for name, term in terms.items():
+                if "loss" in term:
+                    term["grad_norm"] = norms[name]
+                    length = norms[first] * norms[name]
+                    term["cosine"] = dot(own[first], own[name]) / length if length else 0.0
+        if self.project_conflicts:
+            gradients.finish(functools.partial(without_conflicts, seed=self.seed))
+        else:
+            gradients.finish()
+        whole = gradients.clip(self.clip)
+        if not math.isfinite(whole):
+            return f"the gradient's norm is {whole}"
         self.optimizer.step()
+        losses = {name: term["loss"] for name, term in terms.items() if "loss" in term}
+        self.mixing.update(losses, {name: own[name] for name in losses} if own else {})
+        for weighted in self.objectives:
+            weighted.tell("end_step", self.model)
+        if self.average is not None:
+            self.average.update(self.model)
+        loss = math.fsum(t["weight"] * t.get("loss", 0.0) for t in terms.values())
         rate = float(self.optimizer.param_groups[0]["lr"])
-        return {"loss": total, "lr": rate, "grad_norm": norm, "objectives": terms}
+        record.update(loss=loss, lr=rate, grad_norm=whole, objectives=terms)
+        if mixing := self.mixing.metrics():
+            record["mixing"] = mixing
+        return ""
 
     def train_step(self) -> Record:
-        """One step: every objective's batch, forward and backward, then one update.
+        """One step: every objective's passes, then one update.
 
         Returns:
             ``step``, ``loss`` (weighted sum), ``lr``, ``grad_norm`` (before clipping), of each of
-            the ``objectives`` its raw ``loss``, ``weight``, the ``grad_norm`` of what it added and
-            its metrics, and ``seconds``. A step not applied has ``skipped``, the reason, instead.
+            the ``objectives`` its raw ``loss``, ``weight``, the ``grad_norm`` of what it added
+            where it is known, with ``separate`` the ``cosine`` to the first, and its metrics; what
+            ``mixing`` learned; ``fallback``, layers that changed their recipe; and ``seconds``. A
+            step not applied has ``skipped``, the reason, and ``culprit`` instead.
         """
-        self.model.train()
-        start = time.perf_counter()
-        step = self.step + 1
-        try:
-            record = {"step": step, **self._update(step)}
-            self.skipped_in_a_row = 0
-        except _NotFiniteError as reason:
-            self.optimizer.zero_grad(set_to_none=True)
-            self._norm.take()
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            record = {"step": step, "skipped": str(reason)}
-        self.step = step
-        return {**record, "seconds": time.perf_counter() - start}
+        while True:
+            record = self.micro_step()
+            if record is not None:
+                return record
+
+    def _seen(self, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        if self.average is None:
+            return measure(self.model)
+        return self.average.call(self.model, measure)
 
     def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
-        metrics = self.evaluate(self.model)
-        self.record({"step": self.step, "eval": metrics})
-        if metrics.get("accuracy", -1.0) > self.best.get("accuracy", -1.0):
-            self.best = {"step": self.step, **metrics}
+        record: Record = {"step": self.step}
+        if self.evaluate is not None:
+            record["eval"] = self._seen(self.evaluate)
+        if self.validate is not None:
+            record["validation"] = self._seen(self.validate)
+        if len(record) > 1:
+            self.record(record)
+            chosen = record["eval" if self.validate is None else "validation"]
+            if self._best.see(self.step, chosen) and self.validate is not None:
+                weights = self.model.state_dict() if self.average is None \
+                    else self.average.rounded(self.model)
+                weights = sharding.map_tensors(dict(weights), sharding.whole)
+                self.save_best(self.step, {"model": weights, "best": dict(self.best)})
 
     def run(self) -> Outcome:
         """Train to the last step; saves every ``checkpoint_every`` steps and at the end.
 
-        Ctrl-C ends the step, saves, and returns; a second Ctrl-C raises KeyboardInterrupt at once.
+        Ctrl-C ends the part of a step that is on (on several ranks the step), saves, and returns;
+        a second one raises KeyboardInterrupt at once.
         """
-        with _sigint_noted() as interrupted:
+        ranks.check_equal(self.parameters)
+        with sigint_noted() as interrupted:
             saved = self.step
-            while self.step < self.steps:
-                record = self.train_step()
+            while self.step < self.steps and not self._is_over():
+                record = self.micro_step()
+                if record is None:
+                    if not ranks.is_parallel() and interrupted():
+                        self.save(self.step, self.state_dict())
+                        return Outcome("interrupted", self.step)
+                    continue
                 self.record(record)
                 last = self.step == self.steps
                 if last or self.step % self.eval_every == 0:
                     self._evaluate()
                 diverged = self.skipped_in_a_row >= self.max_skipped
-                stop = last or diverged or interrupted()
+                stop = last or diverged or self._is_over() or ranks.any_rank(interrupted())
                 if stop or self.step - saved >= self.checkpoint_every:
                     self.save(self.step, self.state_dict())
                     saved = self.step
                 if diverged:
-                    return Outcome("diverged", self.step, record["skipped"])
-                if stop and not last:
+                    why = filter(None, (record["skipped"], record.get("culprit")))
+                    return Outcome("diverged", self.step, "; ".join(why))
+                if stop and not last and not self._is_over():
                     return Outcome("interrupted", self.step)
+        if self.step < self.steps:
+            reason = f"no better macro-F1 in {self._best.since} evaluations"
+            return Outcome("stopped early", self.step, reason)
         return Outcome("finished", self.step)
 
+    def _is_over(self) -> bool:
+        return self.patience is not None and self._best.since >= self.patience
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as tensors and plain values."""
-        streams = {"labelled": self.labelled, "unlabelled": self.unlabelled}
-        return {
+        """Everything that the next part of a step depends on, as tensors and plain values."""
+        passes = self._passes
+        streams = {n: s.state_dict() for n, s in self._streams.items()} if passes is None \
+            else passes.streams
+        state = {
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "best": dict(self.best),
+            "best": self._best.state_dict(),
             "clock": int(clock.step),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "streams": {n: s.state_dict() for n, s in streams.items() if s is not None},
+            "model": sharding.map_tensors(dict(self.model.state_dict()), sharding.whole),
+            "optimizer": sharding.map_tensors(self.optimizer.state_dict(), sharding.whole),
+            "streams": streams,
             "objectives": {
                 term.name: term.objective.state_dict()
                 for term in self.objectives if hasattr(term.objective, "state_dict")
             },
-            "random": _random_state(),
+            "mixing": self.mixing.state_dict(),
+            "random": random_state(),
         }
+        for name, part in (("average", self.average), ("fallback", self.fallback)):
+            if part is not None:
+                state[name] = part.state_dict()
+        if passes is not None:
+            state["passes"] = passes.state_dict()
+            state["gradients"] = self._gradients.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with the same bits.
@@ -329,38 +361,30 @@ class Trainer:
         Raises:
             KeyError, RuntimeError: the state is of another model, optimizer or set of streams.
         """
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        streams = {"labelled": self.labelled, "unlabelled": self.unlabelled}
-        for name, stream in streams.items():
-            if stream is not None:
-                stream.load_state_dict(state["streams"][name])
+        sharding.load_model(self.model, state["model"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        for name, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][name])
         for term in self.objectives:
             if hasattr(term.objective, "load_state_dict"):
                 term.objective.load_state_dict(state["objectives"][term.name])
+        self.mixing.load_state_dict(state["mixing"])
+        for name, part in (("average", self.average), ("fallback", self.fallback)):
+            if part is not None:
+                part.load_state_dict(state[name])
         self.step, self.skipped = state["step"], state["skipped"]
-        self.skipped_in_a_row, self.best = state["skipped_in_a_row"], state["best"]
-        _set_random_state(state["random"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._best.load_state_dict(state["best"])
         clock.set(state["clock"])
-
-
-def _random_state() -> dict[str, Any]:
-    """The generators of Python, NumPy and torch, for objectives and models that use them."""
-    _, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": python_random.getstate(),
-        "numpy": [torch.from_numpy(numpy.asarray(keys).copy()), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    python_random.setstate(state["python"])
-    keys, position, has_gauss, gauss = state["numpy"]
-    numpy.random.set_state(("MT19937", keys.numpy(), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        self._passes = None
+        if "passes" in state:
+            self._passes = self._begin()
+            # What the step's beginning forgot is part of the state too.
+            for term in self.objectives:
+                if hasattr(term.objective, "load_state_dict"):
+                    term.objective.load_state_dict(state["objectives"][term.name])
+            if self.fallback is not None:
+                self.fallback.load_state_dict(state["fallback"])
+            self._passes.load_state_dict(state["passes"])
+            self._gradients.load_state_dict(state["gradients"])
+        set_random_state(state["random"])

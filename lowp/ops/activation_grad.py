@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import FLOATS, Op, deferred, require_choice, require_float
 from lowp.ops.product import ACTIVATIONS
 from lowp.reference import activation as reference
@@ -56,6 +56,17 @@ def _cpu(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
     cpu_extension().activation_grad(
         dy.data_ptr(), FLOATS[dy.dtype], preact.data_ptr(), FLOATS[preact.dtype], dy.numel(),
         ACTIVATIONS[activation], dz.data_ptr(), torch.get_num_threads(),
+    )
+    return dz
+
+
+@activation_grad.kernel("cuda")
+def _cuda(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
+    dy, preact = dy.contiguous(), preact.contiguous()
+    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    cuda_extension().activation_grad(
+        cuda_place(dy), dy.data_ptr(), FLOATS[dy.dtype], preact.data_ptr(), FLOATS[preact.dtype],
+        dy.numel(), ACTIVATIONS[activation], dz.data_ptr(),
     )
     return dz
 

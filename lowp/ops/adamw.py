@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
+from lowp.ops import device_table, update
 from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import adamw as reference
+from lowp.reference.stores import Noise
 
 adamw = Op(
     "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] max_exp_avg_sqs, "
     "Tensor(g!)[] steps, Tensor lr, float beta1, float beta2, float weight_decay, float eps, "
     "bool maximize, str rounding, str state_rounding, int seed, int[] tensors, int[] offsets, "
-    "Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "Tensor? grad_scale, Tensor? found_inf, bool coupled=False, Tensor(h!)[]? masters=None) -> ()"
 )
 """AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2).
 
@@ -29,6 +30,8 @@ For each tensor, in fp32 registers::
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 and one rounding at each store. The update uses the fresh m and v, not what was stored of them.
+``coupled`` makes it Adam (Kingma and Ba, ICLR 2015, algorithm 1) with L2 regularization: g gets
+weight_decay p, and p does not decay by itself.
 
 Args:
     params: fp32, bf16 or fp16, any shapes; a strided one is updated through a copy.
@@ -44,6 +47,11 @@ Args:
     seed, tensors, offsets: of the draws: one 32-bit id and the global index of the first element a
         tensor (:mod:`lowp.key`).
     grad_scale, found_inf: of a gradient scaler; if ``found_inf`` is not 0, nothing changes.
+    coupled: Adam instead of AdamW.
+    masters: what 16-bit params lack: int16 low bits of bf16 ones, so that both are the exact fp32
+        weight (``rounding`` is then without use); or, in the params' type, what rounding the param
+        to nearest lost (Kahan's compensation; Zamirai et al., "Revisiting BFloat16 training", 2020,
+        section 3), which is stored with ``rounding``; empty tensors for params without.
 
 Raises:
     TypeError, ValueError: lists, types or shapes that do not fit, an expanded parameter.
@@ -57,7 +65,8 @@ def _check(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _
            exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
            steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
            maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
-           offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+           offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+           coupled: bool = False, masters: _Tensors | None = None) -> None:
     require_choice("adamw", "rounding", rounding, ROUNDINGS)
     require_choice("adamw", "state_rounding", state_rounding, ROUNDINGS)
     update.require_float_lists("adamw", params=params, grads=grads,
@@ -65,13 +74,8 @@ def _check(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _
     update.require_lists("adamw", params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     if max_exp_avg_sqs:
         update.require_lists("adamw", params, max_exp_avg_sqs=max_exp_avg_sqs)
-    sizes = {"steps": len(steps), "tensors": len(tensors), "offsets": len(offsets),
-             "exp_avg_scales": len(exp_avg_scales), "exp_avg_sq_scales": len(exp_avg_sq_scales)}
-    for name, size in sizes.items():
-        if size != len(params):
-            raise ValueError(
-                f"lowp::adamw: {name} must have {len(params)} entries, one a parameter, got {size}"
-            )
+    update.require_sizes("adamw", params, steps=steps, tensors=tensors, offsets=offsets,
+                         exp_avg_scales=exp_avg_scales, exp_avg_sq_scales=exp_avg_sq_scales)
     update.require_states("adamw", "exp_avgs", torch.int8, exp_avgs, exp_avg_scales)
     update.require_states("adamw", "exp_avg_sqs", torch.uint8, exp_avg_sqs, exp_avg_sq_scales)
     for i, (m, v) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
@@ -81,6 +85,7 @@ def _check(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _
                 f"and uint8), got {m.dtype} and {v.dtype}"
             )
     update.require_in_place("adamw", params)
+    update.require_masters("adamw", params, masters)
 
 
 @adamw.fake
@@ -94,7 +99,8 @@ def _reference(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sq
                steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float,
                eps: float, maximize: bool, rounding: str, state_rounding: str, seed: int,
                tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
-               found_inf: Tensor | None) -> None:
+               found_inf: Tensor | None, coupled: bool = False,
+               masters: _Tensors | None = None) -> None:
     if update.is_skipped(found_inf):
         return
     inv_scale = update.inv_scale_of(grad_scale)
@@ -103,7 +109,7 @@ def _reference(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sq
             params[i].detach(), grads[i], exp_avgs[i], exp_avg_sqs[i], exp_avg_scales[i],
             exp_avg_sq_scales[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None, lr.item(),
             beta1, beta2, weight_decay, eps, maximize, inv_scale, rounding, state_rounding,
-            reference.Noise(seed, step, tensors[i], offsets[i]),
+            Noise(seed, step, tensors[i], offsets[i]), coupled, masters[i] if masters else None,
         )
 
 
@@ -112,13 +118,14 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Te
          exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
          steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
          maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
-         offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+         offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+         coupled: bool = False, masters: _Tensors | None = None) -> None:
     if update.is_skipped(found_inf):
         return
     rate = lr.item()
     grads = [g.contiguous() for g in grads]
     maxima = [m.contiguous() for m in max_exp_avg_sqs]
-    table, scalars = bytearray(), bytearray()
+    table, scalars, extras = bytearray(), bytearray(), bytearray()
     known: dict[int, tuple[float, float]] = {}
     with update.contiguous_params(params) as work:
         for i, step in enumerate(update.advance(steps)):
@@ -135,15 +142,56 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Te
                 FLOATS[maxima[i].dtype] if maxima else 0, step, tensors[i], offsets[i],
             )
             scalars += struct.pack("<2f", *known[step])
+            extras += struct.pack("<2q", *update.master_row(masters, i))
         if not table:
             return
         rows = torch.frombuffer(table, dtype=torch.int64)
         floats = torch.frombuffer(scalars, dtype=torch.float32)
+        weights = torch.frombuffer(extras, dtype=torch.int64)
         cpu_extension().adamw(
             rows.data_ptr(), floats.data_ptr(), len(rows) // 16, 1 - beta1, 1 - beta2, eps,
-            1 - rate * weight_decay, update.inv_scale_of(grad_scale), maximize,
+            1.0 if coupled else 1 - rate * weight_decay, update.inv_scale_of(grad_scale), maximize,
             ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
-            torch.get_num_threads(),
+            torch.get_num_threads(), weight_decay if coupled else 0.0,
+            weights.data_ptr() if masters else 0,
+        )
+    for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
+        if m.data_ptr() != work_m.data_ptr():
+            m.copy_(work_m)
+
+
+@adamw.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
+          exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
+          steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
+          maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
+          offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    maxima = [m.contiguous() for m in max_exp_avg_sqs]
+    rows, runs = [], []
+    with update.contiguous_params(params) as work:
+        for i, (p, m, v) in enumerate(zip(work, exp_avgs, exp_avg_sqs, strict=True)):
+            shape, state_type = device_table.matrix_of(p), update.STATE_TYPES[m.dtype]
+            rows.append(struct.pack(  # csrc/adamw.h: AdamWTensor
+                "<16q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
+                exp_avg_scales[i].data_ptr(), exp_avg_sq_scales[i].data_ptr(),
+                maxima[i].data_ptr() if maxima else 0, *shape, FLOATS[p.dtype],
+                FLOATS[grads[i].dtype], state_type, FLOATS[maxima[i].dtype] if maxima else 0, 0,
+                tensors[i], offsets[i],
+            ))
+            runs.append(device_table.runs_of(*shape, state_type))
+        table, _memory = device_table.upload(rows, counts.steps, runs, device)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (beta1, beta2), grad_scale,
+                                               found_inf)
+        extension.adamw(
+            place, clock, extension.AdamWTable(*table), 1 - beta1, 1 - beta2, eps, maximize,
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
         )
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():

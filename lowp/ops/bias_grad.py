@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import FLOATS, Op, deferred, require_float
 from lowp.reference import bias_grad as reference
 
@@ -47,6 +47,17 @@ def _cpu(dy: Tensor) -> Tensor:
     db = dy.new_empty(dy.shape[1], dtype=torch.float32)
     cpu_extension().bias_grad(dy.data_ptr(), FLOATS[dy.dtype], *dy.shape, db.data_ptr(),
                               torch.get_num_threads())
+    return db
+
+
+@bias_grad.kernel("cuda")
+def _cuda(dy: Tensor) -> Tensor:
+    dy = dy.contiguous()
+    rows, cols = dy.shape
+    db = dy.new_empty(cols, dtype=torch.float32)
+    partial = dy.new_empty((-(-rows // 64), cols), dtype=torch.float32)
+    cuda_extension().bias_grad(cuda_place(dy), dy.data_ptr(), FLOATS[dy.dtype], rows, cols,
+                               db.data_ptr(), partial.data_ptr())
     return db
 
 

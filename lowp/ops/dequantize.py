@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import (
     FLOATS,
     GRANULARITIES,
@@ -81,6 +81,19 @@ def _cpu(codes: Tensor, scale: Tensor, granularity: str, block: int,
     cpu_extension().dequantize(
         codes.data_ptr(), scale.data_ptr(), rows, cols, GRANULARITIES[granularity], block,
         y.data_ptr(), FLOATS[out_dtype], torch.get_num_threads(),
+    )
+    return y
+
+
+@dequantize.kernel("cuda")
+def _cuda(codes: Tensor, scale: Tensor, granularity: str, block: int,
+          out_dtype: torch.dtype) -> Tensor:
+    codes, scale = codes.contiguous(), scale.contiguous()
+    y = torch.empty(codes.shape, dtype=out_dtype, device=codes.device)
+    rows, cols = rows_cols(codes)
+    cuda_extension().dequantize(
+        cuda_place(codes), codes.data_ptr(), scale.data_ptr(), rows, cols,
+        GRANULARITIES[granularity], block, y.data_ptr(), FLOATS[out_dtype],
     )
     return y
 

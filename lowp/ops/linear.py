@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
-from lowp.ops.product import ACTIVATIONS, multiply, require_bias, require_matrices
+from lowp.ops.product import ACTIVATIONS, multiply, multiply_cuda, require_bias, require_matrices
 from lowp.reference import linear as reference
 
 linear = Op(
@@ -57,4 +57,5 @@ def _fake(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype:
 
 linear.kernel("reference")(reference.linear)
 linear.kernel("cpu")(multiply)
+linear.kernel("cuda")(multiply_cuda)
 linear.kernel("triton")(deferred("linear"))

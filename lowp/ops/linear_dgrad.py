@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.ops.library import Op, deferred, require_float_dtype
-from lowp.ops.product import multiply, require_matrices
+from lowp.ops.product import multiply, multiply_cuda, require_matrices
 from lowp.reference import linear as reference
 
 linear_dgrad = Op("linear_dgrad(Tensor dy, Tensor w, ScalarType out_dtype) -> Tensor")
@@ -47,6 +47,11 @@ linear_dgrad.kernel("reference")(reference.linear_dgrad)
 @linear_dgrad.kernel("cpu")
 def _cpu(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     return multiply(dy, w.t(), None, "none", out_dtype, False)[0]
+
+
+@linear_dgrad.kernel("cuda")
+def _cuda(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return multiply_cuda(dy, w.t(), None, "none", out_dtype, False)[0]
 
 
 linear_dgrad.kernel("triton")(deferred("linear_dgrad"))

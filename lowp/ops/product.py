@@ -1,14 +1,15 @@
-"""The product that linear and its two gradients share: checks and the CPU's choice of kernel."""
+"""The product that linear and its two gradients share: checks and the choice of kernel."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import FLOATS
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -54,15 +55,16 @@ def strided(x: Tensor) -> tuple[Tensor, int, int]:
     return x, row, 1 if x.shape[1] == 1 else k  # the stride of a single column means nothing
 
 
-def _operand(x: Tensor) -> tuple[Any, Tensor]:
+def _operand(extension: ModuleType, x: Tensor) -> tuple[Any, Tensor]:
     """The kernel's view of a matrix whose second dimension is summed over, and what owns it."""
     x, row, k = strided(x)
-    return cpu_extension().Operand(x.data_ptr(), FLOATS[x.dtype], row, k), x
+    return extension.Operand(x.data_ptr(), FLOATS[x.dtype], row, k), x
 
 
-def epilogue_of(bias: Tensor | None, activation: str, y: Tensor, preact: Tensor) -> Any:
+def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: Tensor,
+                preact: Tensor) -> Any:
     """The kernel's view of what follows a sum; an empty ``preact`` is not written."""
-    return cpu_extension().Epilogue(
+    return extension.Epilogue(
         0 if bias is None else bias.data_ptr(),
         FLOATS[torch.float32 if bias is None else bias.dtype],
         ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
@@ -105,10 +107,33 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
-                                  epilogue_of(None, activation, y, preact), threads)
+                                  epilogue_of(extension, None, activation, y, preact), threads)
         return y, preact
     y = a.new_empty((rows, cols), dtype=out_dtype)
-    (left, a), (right, b) = _operand(a), _operand(b)
-    extension.product(left, right, rows, cols, depth, epilogue_of(bias, activation, y, preact),
-                      threads)
+    (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
+    extension.product(left, right, rows, cols, depth,
+                      epilogue_of(extension, bias, activation, y, preact), threads)
+    return y, preact
+
+
+def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
+                  out_dtype: torch.dtype, save_preact: bool) -> tuple[Tensor, Tensor]:
+    """:func:`multiply` by the CUDA kernels.
+
+    fp32 is torch's product, since tensor cores have no fp32 one; it is the user's own switch
+    (``torch.backends.cuda.matmul.fp32_precision``) that may trade its accuracy for TF32.
+    """
+    (rows, depth), cols = a.shape, b.shape[0]
+    extension, place = cuda_extension(), cuda_place(a)
+    preact = a.new_empty((rows, cols) if save_preact else 0)
+    bias = None if bias is None else bias.contiguous()
+    y = a.new_empty((rows, cols), dtype=out_dtype)
+    if a.dtype == torch.float32:
+        z = functional.linear(a, b)
+        extension.linear_epilogue(place, z.data_ptr(), rows, cols,
+                                  epilogue_of(extension, bias, activation, y, preact))
+        return y, preact
+    (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
+    extension.product(place, left, right, rows, cols, depth,
+                      epilogue_of(extension, bias, activation, y, preact))
     return y, preact

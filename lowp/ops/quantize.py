@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import (
     FLOATS,
     GRANULARITIES,
@@ -48,6 +48,13 @@ Raises:
 def step_of(step: Tensor | None) -> int:
     """The step that a 0-dim tensor holds; 1 without one."""
     return 1 if step is None else int(step.item())
+
+
+def device_step(step: Tensor | None, x: Tensor) -> tuple[int, int]:
+    """The step as a value, or 0 and its address where that is on ``x``'s device."""
+    if step is None or step.device != x.device or step.dtype != torch.int64:
+        return step_of(step), 0
+    return 0, step.data_ptr()
 
 
 @quantize.check
@@ -101,6 +108,24 @@ def _cpu(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step
         x.data_ptr(), FLOATS[x.dtype], rows, cols, GRANULARITIES[granularity], block,
         ROUNDINGS[rounding], key, offset, codes.data_ptr(), scale.data_ptr(),
         torch.get_num_threads(),
+    )
+    return codes, scale
+
+
+@quantize.kernel("cuda")
+def _cuda(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step: Tensor | None,
+          tensor: int, role: int, offset: int) -> tuple[Tensor, Tensor]:
+    extension = cuda_extension()
+    x = x.contiguous()
+    codes, scale = outputs(x, granularity, block)
+    rows, cols = rows_cols(x)
+    now, address = device_step(step, x)
+    words = {"tensor": 1, "column": cols}.get(granularity, 0)
+    workspace = torch.zeros(words, dtype=torch.int32, device=x.device)
+    extension.quantize(
+        cuda_place(x), x.data_ptr(), FLOATS[x.dtype], rows, cols, GRANULARITIES[granularity], block,
+        ROUNDINGS[rounding], extension.PhiloxKey(seed & (2**64 - 1), now, tensor, role), address,
+        offset, codes.data_ptr(), scale.data_ptr(), workspace.data_ptr(),
     )
     return codes, scale
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice, require_float
-from lowp.ops.quantize import step_of
+from lowp.ops.quantize import device_step, step_of
 from lowp.reference import quantize as reference
 
 quantize_row_col = Op(
@@ -72,6 +72,23 @@ def _cpu(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int, 
         extension.PhiloxKey(seed, now, tensor, row_role),
         extension.PhiloxKey(seed, now, tensor, col_role), offset, codes.data_ptr(),
         scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(), torch.get_num_threads(),
+    )
+    return codes, scale, col_codes, col_scale
+
+
+@quantize_row_col.kernel("cuda")
+def _cuda(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int, row_role: int,
+          col_role: int, offset: int) -> tuple[Tensor, ...]:
+    extension = cuda_extension()
+    x = x.contiguous()
+    codes, scale, col_codes, col_scale = outputs(x)
+    seed, (now, address) = seed & (2**64 - 1), device_step(step, x)
+    workspace = torch.zeros(sum(x.shape), dtype=torch.int32, device=x.device)
+    extension.quantize_row_col(
+        cuda_place(x), x.data_ptr(), FLOATS[x.dtype], *x.shape, ROUNDINGS[rounding],
+        extension.PhiloxKey(seed, now, tensor, row_role),
+        extension.PhiloxKey(seed, now, tensor, col_role), address, offset, codes.data_ptr(),
+        scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(), workspace.data_ptr(),
     )
     return codes, scale, col_codes, col_scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.native import cpu_extension
+from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
 from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
 from lowp.reference import scaled_mm as reference
@@ -90,11 +90,44 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
     preact = a.new_empty((rows, cols) if save_preact else 0, dtype=out_dtype)
-    cpu_extension().scaled_mm(
+    extension = cpu_extension()
+    extension.scaled_mm(
         a.data_ptr(), a_row, a_k, b.data_ptr(), b_row, b_k, rows, cols, depth,
         row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
-        int(col_scale.numel() > 1), epilogue_of(bias, activation, y, preact),
+        int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
         torch.get_num_threads(),
+    )
+    return y, preact
+
+
+def _along_k(codes: Tensor) -> Tensor:
+    """Codes adjacent along K, as int8 tensor cores read them; turned if they are the other way."""
+    codes, row, k = strided(codes)
+    if k == 1:
+        return codes
+    turned = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    if row == 1 and codes.t().is_contiguous():
+        rows, depth = codes.shape
+        cuda_extension().transpose_codes(cuda_place(codes), codes.data_ptr(), depth, rows,
+                                         turned.data_ptr())
+        return turned
+    return turned.copy_(codes)
+
+
+@scaled_mm.kernel("cuda")
+def _cuda(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tensor | None,
+          activation: str, out_dtype: torch.dtype, save_preact: bool) -> tuple[Tensor, Tensor]:
+    (rows, depth), cols = a.shape, b.shape[0]
+    extension = cuda_extension()
+    a, b = _along_k(a), _along_k(b)
+    row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = a.new_empty((rows, cols), dtype=out_dtype)
+    preact = a.new_empty((rows, cols) if save_preact else 0, dtype=out_dtype)
+    extension.scaled_mm(
+        cuda_place(a), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, cols, depth,
+        row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
+        int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
     )
     return y, preact
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
+from lowp.ops import device_table, update
 from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import sgd as reference
-from lowp.reference.adamw import Noise
+from lowp.reference.stores import Noise
 
 sgd = Op(
     "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
     "Tensor(c!)[] momentum_scales, Tensor(d!)[] steps, Tensor lr, float momentum, float dampening, "
     "float weight_decay, bool nesterov, bool maximize, str rounding, str state_rounding, int seed, "
-    "int[] tensors, int[] offsets, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "int[] tensors, int[] offsets, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(e!)[]? masters=None) -> ()"
 )
 """SGD with momentum as torch defines it (Sutskever et al., ICML 2013, with the rate outside).
 
@@ -39,7 +40,7 @@ Args:
     momentum_scales: fp32 scales of the codes; empty tensors for float states, or an empty list.
     steps: 0-dim fp32 updates applied so far; each is advanced by one.
     lr: 0-dim.
-    rounding, state_rounding, seed, tensors, offsets, grad_scale, found_inf: as in
+    rounding, state_rounding, seed, tensors, offsets, grad_scale, found_inf, masters: as in
         :data:`lowp.ops.adamw.adamw`.
 
 Raises:
@@ -54,22 +55,18 @@ def _check(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, moment
            steps: _Tensors, lr: Tensor, momentum: float, dampening: float, weight_decay: float,
            nesterov: bool, maximize: bool, rounding: str, state_rounding: str, seed: int,
            tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
-           found_inf: Tensor | None) -> None:
+           found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
     require_choice("sgd", "rounding", rounding, ROUNDINGS)
     require_choice("sgd", "state_rounding", state_rounding, ROUNDINGS)
     update.require_float_lists("sgd", params=params, grads=grads)
     update.require_lists("sgd", params, grads=grads)
-    sizes = {"steps": len(steps), "tensors": len(tensors), "offsets": len(offsets)}
+    update.require_sizes("sgd", params, steps=steps, tensors=tensors, offsets=offsets)
     if momentum_buffers:
         update.require_lists("sgd", params, momentum_buffers=momentum_buffers)
-        sizes["momentum_scales"] = len(momentum_scales)
-    for name, size in sizes.items():
-        if size != len(params):
-            raise ValueError(
-                f"lowp::sgd: {name} must have {len(params)} entries, one a parameter, got {size}"
-            )
+        update.require_sizes("sgd", params, momentum_scales=momentum_scales)
     update.require_states("sgd", "momentum_buffers", torch.int8, momentum_buffers, momentum_scales)
     update.require_in_place("sgd", params)
+    update.require_masters("sgd", params, masters)
 
 
 @sgd.fake
@@ -83,7 +80,7 @@ def _reference(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors,
                dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
                rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
                offsets: Sequence[int], grad_scale: Tensor | None,
-               found_inf: Tensor | None) -> None:
+               found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
     if update.is_skipped(found_inf):
         return
     inv_scale = update.inv_scale_of(grad_scale)
@@ -92,7 +89,8 @@ def _reference(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors,
         scale = momentum_scales[i] if momentum_scales else params[i].new_empty(0)
         reference.sgd(params[i].detach(), grads[i], buffer, scale, lr.item(), momentum, dampening,
                       weight_decay, nesterov, maximize, inv_scale, rounding, state_rounding,
-                      Noise(seed, step, tensors[i], offsets[i]))
+                      Noise(seed, step, tensors[i], offsets[i]),
+                      masters[i] if masters else None)
 
 
 @sgd.kernel("cpu")
@@ -100,11 +98,11 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
          steps: _Tensors, lr: Tensor, momentum: float, dampening: float, weight_decay: float,
          nesterov: bool, maximize: bool, rounding: str, state_rounding: str, seed: int,
          tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
-         found_inf: Tensor | None) -> None:
+         found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
     if update.is_skipped(found_inf):
         return
     grads = [g.contiguous() for g in grads]
-    table = bytearray()
+    table, extras = bytearray(), bytearray()
     with update.contiguous_params(params) as work:
         for i, step in enumerate(update.advance(steps)):
             p = work[i]
@@ -119,13 +117,50 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
                 "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *update.rows_cols_of(p),
                 FLOATS[p.dtype], FLOATS[grads[i].dtype], state[2], step, tensors[i], offsets[i],
             )
+            extras += struct.pack("<2q", *update.master_row(masters, i))
         if not table:
             return
         rows = torch.frombuffer(table, dtype=torch.int64)
+        weights = torch.frombuffer(extras, dtype=torch.int64)
         cpu_extension().sgd(
             rows.data_ptr(), len(rows) // 12, lr.item(), momentum, 1 - dampening, weight_decay,
             update.inv_scale_of(grad_scale), nesterov, maximize, ROUNDINGS[rounding],
             ROUNDINGS[state_rounding], seed & (2**64 - 1), torch.get_num_threads(),
+            weights.data_ptr() if masters else 0,
+        )
+
+
+@sgd.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum_scales: _Tensors,
+          steps: _Tensors, lr: Tensor, momentum: float, dampening: float, weight_decay: float,
+          nesterov: bool, maximize: bool, rounding: str, state_rounding: str, seed: int,
+          tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+          found_inf: Tensor | None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    rows, runs = [], []
+    with update.contiguous_params(params) as work:
+        for i, p in enumerate(work):
+            shape, state = device_table.matrix_of(p), (0, 0, 0)
+            if momentum_buffers:
+                buffer = momentum_buffers[i]
+                state = (buffer.data_ptr(), momentum_scales[i].data_ptr(),
+                         update.STATE_TYPES[buffer.dtype])
+            rows.append(struct.pack(  # csrc/sgd.h: SgdTensor
+                "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *shape, FLOATS[p.dtype],
+                FLOATS[grads[i].dtype], state[2], 0, tensors[i], offsets[i],
+            ))
+            runs.append(device_table.runs_of(*shape, state[2]))
+        table, _memory = device_table.upload(rows, counts.steps, runs, device)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
+        extension.sgd(
+            place, clock, extension.SgdTable(*table), momentum, 1 - dampening, weight_decay,
+            nesterov, maximize, ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
         )
 
 

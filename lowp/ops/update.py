@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowp.ops.library import FLOATS
-from lowp.reference.adamw import fp32
 from lowp.reference.codec import BLOCK
+from lowp.reference.stores import fp32
 
 CODES = 3  # csrc/adamw.h: State
 STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}
@@ -60,6 +60,50 @@ def require_states(op: str, name: str, codes: torch.dtype, states: Sequence[Tens
                 f"lowp::{op}: the scale of {name}[{i}] must be float32 {scale_shape(state)}, "
                 f"got {scale.dtype} {tuple(scale.shape)}"
             )
+
+
+def require_sizes(op: str, params: Sequence[Tensor], **lists: Sequence[object]) -> None:
+    """ValueError unless every list has one entry a parameter."""
+    for name, entries in lists.items():
+        if len(entries) != len(params):
+            raise ValueError(
+                f"lowp::{op}: {name} must have {len(params)} entries, one a parameter, "
+                f"got {len(entries)}"
+            )
+
+
+def require_masters(op: str, params: Sequence[Tensor], masters: Sequence[Tensor] | None) -> None:
+    """Raises unless each master is empty, or contiguous, of its parameter's shape, and int16 beside
+    bf16 or of the type of a 16-bit parameter."""
+    if masters is None:
+        return
+    require_sizes(op, params, masters=masters)
+    for i, (p, master) in enumerate(zip(params, masters, strict=True)):
+        if master.numel() == 0:
+            continue
+        halves = {torch.bfloat16: (torch.int16, torch.bfloat16), torch.float16: (torch.float16,)}
+        allowed = halves.get(p.dtype, ())
+        if master.dtype not in allowed:
+            raise TypeError(
+                f"lowp::{op}: masters[{i}] of a {p.dtype} parameter must be of "
+                f"{' or '.join(map(str, allowed)) or 'no type (empty)'}, got {master.dtype}"
+            )
+        if master.shape != p.shape or not master.is_contiguous() or master.device != p.device:
+            raise ValueError(
+                f"lowp::{op}: masters[{i}] must be contiguous, of shape {tuple(p.shape)} on "
+                f"{p.device}, got {tuple(master.shape)} on {master.device}"
+            )
+
+
+REMAINDER, KAHAN = 1, 2  # csrc/adamw.h: Master
+
+
+def master_row(masters: Sequence[Tensor] | None, index: int) -> tuple[int, int]:
+    """The two words of csrc/adamw.h: MasterWeight."""
+    if masters is None or masters[index].numel() == 0:
+        return 0, 0
+    master = masters[index]
+    return master.data_ptr(), REMAINDER if master.dtype == torch.int16 else KAHAN
 
 
 def scale_shape(x: Tensor) -> tuple[int, ...]:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowp.ops.adamw import adamw
-from lowp.optim.optimizer import Batch, Optimizer
+from lowp.optim.adam import Adam
 
 
-class AdamW(Optimizer):
+class AdamW(Adam):
     """``torch.optim.AdamW`` in one fused pass with one rounding a store.
 
-    The formula and its source: :data:`lowp.ops.adamw.adamw`.
+    The formula and its source: :data:`lowp.ops.adamw.adamw`. Sharded parameters (DTensor, as FSDP2
+    and tensor parallelism make them) get the bits of unsharded ones, and sharded states.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch; ``lr`` may be a
@@ -25,10 +25,23 @@ class AdamW(Optimizer):
             the mean; Gupta et al., ICML 2015, section 3) or ``"nearest"``. fp32 is not rounded.
         state_dtype: of the moments: ``None`` for the parameter's type, ``"fp32"``, ``"bf16"``,
             ``"fp16"``, ``"int8"`` or that ``torch.dtype``. int8 takes a byte an element and 4 a
-            block of 256; it is for tensors of at least 4096 elements (the others keep fp32).
-        state_rounding: of states that are not fp32; ``None``: 16-bit states as the weights (a
-            second moment rounded to nearest in bf16 stands still), 8-bit states to nearest.
-        seed: of the draws; the same seed gives the same bits on any machine and number of threads.
+            block of 256; it is for matrices and higher dimensions of at least 4096 elements in
+            the whole, unsharded tensor (the others keep fp32).
+        state_rounding: of states that are not fp32; ``None``: as ``rounding``. A second moment
+            rounded to nearest stands still, as a step moves it by less than half a unit
+            (benchmarks/results/optimizer_curves.json has the losses of both).
+        seed: of the draws; the same seed gives the same bits on any machine, number of threads and
+            number of ranks.
+        master: what is kept of the bits that a 16-bit weight lacks: ``None``; ``"remainder"``: of a
+            bf16 weight all 16 others, so that training is that of fp32 weights bit for bit and
+            ``rounding`` has no effect on them (the weight is the nearest bf16); ``"kahan"``: what
+            its rounding to nearest lost, in 16 bits that are stored with ``rounding`` (Zamirai et
+            al., "Revisiting BFloat16 training", 2020, section 3). Either takes 2 bytes an element;
+            fp32 weights need none.
+        clip_grad_norm: largest norm of all gradients of the optimizer together, as
+            ``torch.nn.utils.clip_grad_norm_`` defines it; the factor is applied inside the update,
+            and no gradient is written. Sharded gradients are gathered for it, one at a time, so
+            that the norm has one process's bits. ``None``: no clipping.
 
     Raises:
         ValueError: a hyperparameter out of range or an unknown option.
@@ -40,41 +53,16 @@ class AdamW(Optimizer):
                  foreach: bool | None = None, capturable: bool = False,
                  differentiable: bool = False, fused: bool | None = None,
                  rounding: str = "stochastic", state_dtype: str | torch.dtype | None = None,
-                 state_rounding: str | None = None, seed: int = 0) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for name, value in (("learning rate", lr), ("epsilon value", eps),
-                            ("weight_decay value", weight_decay)):
-            if not value >= 0.0:
-                raise ValueError(f"Invalid {name}: {value}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                    "amsgrad": amsgrad, "maximize": maximize, "capturable": capturable}
-        super().__init__(params, defaults, rounding=rounding, state_rounding=state_rounding,
-                         state_dtype=state_dtype, seed=seed, foreach=foreach, fused=fused,
-                         differentiable=differentiable)
+                 state_rounding: str | None = None, seed: int = 0, master: str | None = None,
+                 clip_grad_norm: float | None = None) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach,
+                         maximize=maximize, capturable=capturable, differentiable=differentiable,
+                         fused=fused, decoupled_weight_decay=True, rounding=rounding,
+                         state_dtype=state_dtype, state_rounding=state_rounding, seed=seed,
+                         master=master, clip_grad_norm=clip_grad_norm)
 
-    def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """Zero moments."""
-        state = self.new_state(group, index)
-        self.add_moment(state, "exp_avg", p, group, torch.int8)
-        self.add_moment(state, "exp_avg_sq", p, group, torch.uint8)
-        if group["amsgrad"]:
-            floats = {**group, "state_dtype": "fp32" if group["state_dtype"] == "int8"
-                      else group["state_dtype"]}
-            self.add_moment(state, "max_exp_avg_sq", p, floats, torch.uint8)
-        return state
-
-    def update(self, group: dict[str, Any], batch: Batch, lr: Tensor, rounding: tuple[str, str],
-               scaler: tuple[Tensor | None, Tensor | None]) -> None:
-        """One fused update."""
-        beta1, beta2 = map(float, group["betas"])
-        adamw(
-            batch.params, batch.grads, batch.of("exp_avg"), batch.of("exp_avg_sq"),
-            batch.of("exp_avg_scale"), batch.of("exp_avg_sq_scale"),
-            batch.of("max_exp_avg_sq") if group["amsgrad"] else [], batch.of("step"), lr, beta1,
-            beta2, group["weight_decay"], group["eps"], group["maximize"], *rounding,
-            group["seed"], batch.ids, [0] * len(batch.params), *scaler,
-        )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch: a state of Adam that is loaded here becomes one of AdamW."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

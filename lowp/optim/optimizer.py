@@ -1,35 +1,51 @@
-"""What the optimizers share: ids of tensors, types of states, exact loading, gradient scalers."""
+"""What the optimizers share: ids of tensors, types of states, shards, gradient scalers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowp.key import clock, tensor_id
 from lowp.ops.library import FLOATS
+from lowp.ops.square_sums import square_sums
 from lowp.ops.update import scale_shape
+from lowp.optim import compiled, sharding
+from lowp.optim.sharding import Share
+from lowp.optim.state import canonical_names, load
 
 _STATE_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
 }
 INT8_MIN_NUMEL = 4096
 """Tensors with fewer elements keep fp32 states under ``state_dtype="int8"``, which costs little and
-spares biases and norms the coding error."""
+spares biases and norms the coding error. So do vectors: sharding one cuts its only row, and a block
+of codes must not lie on two ranks."""
 
 
 class Batch(NamedTuple):
-    """The parameters of one group that have a gradient, with their states."""
+    """The parameters of one group that have a gradient, with their states; this rank's part."""
 
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    offsets: list[int]
+    """Global index of each one's first element."""
+    owners: list[dict[str, Any]]
+    """The state that each one's state is, or is a part of."""
 
     def of(self, key: str) -> list[Tensor]:
         """One state of every parameter; an empty tensor where it has none."""
         return [s.get(key, _NOTHING) for s in self.states]
+
+    @property
+    def masters(self) -> list[Tensor] | None:
+        """What the parameters lack; ``None`` if they all lack nothing."""
+        found = [s.get("remainder", s.get("compensation", _NOTHING)) for s in self.states]
+        return found if any(m.numel() for m in found) else None
 
     @property
     def ids(self) -> list[int]:
@@ -48,12 +64,28 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a gradient scaler hands over grad_scale and found_inf
+    elementwise: ClassVar[bool] = True
+    """Whether an element's update depends on that element alone. If not, every rank gathers the
+    gradient and the parameter, updates all of it, keeps whole states and writes back its shard."""
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    applied = True
+    """Whether the last step counts: False after one that only made the states."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, rounding: str,
                  state_rounding: str | None, state_dtype: str | torch.dtype | None,
-                 seed: int, foreach: bool | None, fused: bool | None,
-                 differentiable: bool) -> None:
+                 seed: int, master: str | None, clip_grad_norm: float | None,
+                 foreach: bool | None = None, fused: bool | None = None,
+                 differentiable: bool = False) -> None:
         name = type(self).__name__
+        if master not in (None, "remainder", "kahan"):
+            raise ValueError(
+                f"lowp.optim.{name}: master must be None, 'remainder' or 'kahan', got {master!r}"
+            )
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(
+                f"lowp.optim.{name}: clip_grad_norm must be None or above 0, got {clip_grad_norm}"
+            )
         for option, value in (("rounding", rounding), ("state_rounding", state_rounding)):
             if value not in ("nearest", "stochastic") and not (
                 option == "state_rounding" and value is None
@@ -71,9 +103,8 @@ class Optimizer(torch.optim.Optimizer):
         defaults.update(
             foreach=foreach, fused=fused, differentiable=False, rounding=rounding,
             state_rounding=state_rounding, state_dtype=self._state_dtype_name(state_dtype),
-            seed=seed,
+            seed=seed, master=master, clip_grad_norm=clip_grad_norm,
         )
-        self._positions = 0
         super().__init__(params, defaults)
 
     def _state_dtype_name(self, dtype: str | torch.dtype | None) -> str | None:
@@ -87,23 +118,31 @@ class Optimizer(torch.optim.Optimizer):
             f"'fp32', 'bf16', 'fp16', 'int8' or that torch.dtype, got {dtype!r}"
         )
 
+    def ids_of(self, group: dict[str, Any]) -> list[int]:
+        """The 32-bit id that keys the draws of each of the group's parameters."""
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        names = canonical_names(self.param_groups)
+        if names is not None:
+            return [tensor_id(name) for name in names[index]]
+        first = sum(len(g["params"]) for g in self.param_groups[:index])
+        return list(range(first, first + len(group["params"])))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; each parameter gets the next position."""
+        """As in torch; ``master="remainder"`` is for bfloat16 parameters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["positions"] = list(range(self._positions, self._positions + len(group["params"])))
-        self._positions += len(group["params"])
+        halves = any(p.dtype == torch.float16 for p in group["params"])
+        if group["master"] == "remainder" and halves:
+            raise ValueError(
+                f"lowp.optim.{type(self).__name__}: master='remainder' is for bfloat16 parameters; "
+                "float16 lacks exponents, not only bits: use master='kahan'"
+            )
 
     def new_state(self, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """``step`` and ``tensor`` of the group's parameter number ``index``.
-
-        A CUDA parameter's step is on its device, where a captured update counts and reads it.
-        """
-        names = group.get("param_names")
-        key = tensor_id(names[index]) if names else group["positions"][index]
-        p = group["params"][index]
-        step = torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else None)
-        return {"step": step, "tensor": key}
+        """What the state of a parameter begins with; its id is added to it."""
+        p = group["params"][index]  # the CUDA kernels count on the device, so that nothing waits
+        device = p.device if p.is_cuda else None
+        return {"step": torch.zeros((), dtype=torch.float32, device=device)}
 
     def add_moment(self, state: dict[str, Any], key: str, p: Tensor, group: dict[str, Any],
                    codes: torch.dtype) -> None:
@@ -111,13 +150,36 @@ class Optimizer(torch.optim.Optimizer):
         name = group["state_dtype"]
         dtype = p.dtype if name is None else _STATE_DTYPES[name]
         if dtype == torch.int8:
-            dtype = codes if p.numel() >= INT8_MIN_NUMEL else torch.float32
-        state[key] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            large = p.dim() > 1 and p.numel() >= INT8_MIN_NUMEL
+            dtype = codes if large else torch.float32
+        state[key] = self.zeros(p, p.shape, dtype)
         if dtype == codes:
-            state[f"{key}_scale"] = torch.zeros(scale_shape(p), device=p.device)
+            if self.elementwise:
+                sharding.require_whole_blocks(f"lowp.optim.{type(self).__name__}", p)
+            state[f"{key}_scale"] = self.zeros(p, scale_shape(p), torch.float32)
+
+    def zeros(self, p: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A zero state of global ``shape``, sharded as ``p`` is if the update is elementwise."""
+        if self.elementwise:
+            return sharding.zeros(p, shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=sharding.local(p).device)
+
+    def add_master(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        """What a 16-bit parameter lacks, by the group's ``master``: nothing yet."""
+        if group["master"] == "remainder" and p.dtype == torch.bfloat16:
+            state["remainder"] = self.zeros(p, p.shape, torch.int16)
+        elif group["master"] == "kahan" and p.dtype != torch.float32:
+            state["compensation"] = self.zeros(p, p.shape, p.dtype)
+
+    def first_state(self, p: Tensor, group: dict[str, Any], index: int,
+                    tensor: int) -> dict[str, Any]:
+        """Everything that is kept of a parameter, before its first update."""
+        state = {**self.init_state(p, group, index), "tensor": tensor}
+        self.add_master(state, p, group)
+        return state
 
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """The state of a parameter before its first update."""
+        """The moments of a parameter before its first update, behind :meth:`new_state`."""
         raise NotImplementedError
 
     def update(self, group: dict[str, Any], batch: Batch, lr: Tensor, rounding: tuple[str, str],
@@ -125,34 +187,75 @@ class Optimizer(torch.optim.Optimizer):
         """One update of a batch whose states have one type."""
         raise NotImplementedError
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[Batch]:
-        """Parameters by device and by whether their states are codes."""
-        batches: dict[tuple[torch.device, bool], Batch] = {}
+    def start(self, group: dict[str, Any]) -> None:
+        """Give every parameter of the group that has a gradient a state."""
+        ids: list[int] = []
         for i, p in enumerate(group["params"]):
-            if p.grad is None:
+            if p.grad is None or self.state[p]:
                 continue
+            if p.is_complex():
+                raise RuntimeError(
+                    f"lowp.optim.{type(self).__name__} does not support complex parameters"
+                )
             if p.dtype not in FLOATS:
                 raise TypeError(
                     f"lowp.optim.{type(self).__name__}: parameters must be float32, bfloat16 or "
                     f"float16, got {p.dtype}"
                 )
-            if p.grad.is_sparse:
+            ids = ids or self.ids_of(group)
+            self.state[p].update(self.first_state(p, group, i, ids[i]))
+
+    def _init_group(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> int:
+        """Start every state, list all tensors of the step, and return its plan for the graph.
+
+        torch.compile runs an optimizer's method of this name while it traces, and takes what it put
+        into the lists for inputs of the graph.
+        """
+        for group in self.param_groups:
+            self.start(group)
+        return compiled.record(self, params, grads, states)
+
+    def _batches(self, group: dict[str, Any], shares: Iterable[Share]) -> Iterator[Batch]:
+        """The shares by device and by whether their states are codes."""
+        batches: dict[tuple[torch.device, bool], Batch] = {}
+        for share in shares:
+            if share.grad.is_sparse:
                 raise RuntimeError(
                     f"lowp.optim.{type(self).__name__} does not support sparse gradients"
                 )
-            state = self.state[p]
-            if not state:
-                state.update(self.init_state(p, group, i))
-            key = p.device, any(k.endswith("_scale") for k in state)
-            batch = batches.setdefault(key, Batch([], [], []))
-            batch.params.append(p)
-            batch.grads.append(p.grad)
-            batch.states.append(state)
+            key = share.param.device, any(k.endswith("_scale") for k in share.state)
+            batch = batches.setdefault(key, Batch([], [], [], [], []))
+            drawn = "stochastic" in self._roundings(group)
+            for piece in share.pieces(drawn and self.elementwise):
+                batch.params.append(piece.param)
+                batch.grads.append(piece.grad)
+                batch.states.append(piece.state)
+                batch.offsets.append(piece.offset)
+                batch.owners.append(share.state)
         yield from batches.values()
+
+    def _roundings(self, group: dict[str, Any]) -> tuple[str, str]:
+        """Of weights and of states."""
+        rounding = group["rounding"]
+        return rounding, group["state_rounding"] or rounding
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this first step is one that only makes the states.
+
+        torch.distributed.checkpoint calls one with learning rates and gradients of 0 to learn what
+        there is to load. All ranks find the same, as a shard's gradient may be 0 on one of them.
+        """
+        if self.state or any(g["lr"] != 0 for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return bool(grads) and not any(sharding.whole(torch.count_nonzero(g)).item() for g in grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
+
+        A first step whose learning rates and gradients are all 0 makes the states and nothing else:
+        torch.distributed.checkpoint takes such steps.
 
         Args:
             closure: recomputes the loss under ``torch.enable_grad()``.
@@ -164,30 +267,86 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if torch.compiler.is_compiling():
+            self.applied = True
+            compiled.step(self)
+            return loss
+        self.applied = not self._is_rehearsal()
         for group in self.param_groups:
-            lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-            for batch in self._batches(group):
-                coded = any(k.endswith("_scale") for k in batch.states[0])
-                states = group["state_rounding"] or ("nearest" if coded else group["rounding"])
-                self.update(group, batch, lr, (group["rounding"], states), scaler)
+            self.start(group)
+        if not self.applied:
+            return loss
+        found = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        scaler = self.scaler([p.grad for params in found for p in params],
+                             getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        for group, params in zip(self.param_groups, found, strict=True):
+            self.step_params(group, params, scaler)
         return loss
+
+    def step_params(self, group: dict[str, Any], params: Iterable[Tensor],
+                    scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """Update some of a group's parameters, all with a gradient and a state."""
+        shares = [sharding.share_of(p, p.grad, self.state[p], self.elementwise) for p in params]
+        self.apply(group, shares, scaler)
+        if not self.elementwise:
+            sharding.scatter(shares)
+
+    def apply(self, group: dict[str, Any], shares: Iterable[Share],
+              scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """Update this rank's shares of a group's parameters."""
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        for batch in self._batches(group, shares):
+            self.update(group, batch, lr, self._roundings(group), scaler)
+            for state, owner in zip(batch.states, batch.owners, strict=True):
+                if state is not owner:  # one of several runs, with a step of its own
+                    owner["step"].copy_(state["step"])
+
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter by its gradient; the clock stands still until :meth:`step`.
+
+        Raises:
+            ValueError: the optimizer does not have it.
+        """
+        for group in self.param_groups:
+            if any(member is p for member in group["params"]):
+                self.start(group)
+                self.step_params(group, [p], (None, None))
+                return
+        raise ValueError(
+            f"lowp.optim.{type(self).__name__}.step_parameter: p is none of its parameters"
+        )
+
+    def scaler(self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None,
+               ) -> tuple[Tensor | None, Tensor | None]:
+        """What gradients are divided by, and whether a gradient scaler found Inf or NaN.
+
+        Clipping (Pascanu et al., "On the difficulty of training recurrent neural networks", ICML
+        2013, algorithm 1) is a part of the divisor, so no gradient is written or rounded for it.
+        Sharded gradients are gathered for it one by one, so that the norm has one process's bits.
+        """
+        most = self.defaults["clip_grad_norm"]
+        if most is None:
+            return grad_scale, found_inf
+        scale = torch.ones(()) if grad_scale is None else grad_scale
+        sharded = [g for g in grads if sharding.is_sharded(g)]
+        sums = square_sums([g for g in grads if not sharding.is_sharded(g)]).tolist()
+        sums += [square_sums([sharding.whole(g)]).item() for g in sharded]
+        # exactly rounded, so no order or grouping of the tensors changes it
+        norm = torch.tensor(math.fsum(sums), dtype=torch.float64).sqrt() / scale.double().cpu()
+        clip = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return (scale / clip.to(scale.device)).float(), found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its own type and bits (torch casts them to the
-        parameter's), and the draws continue with the next step."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        last = 0
-        for index, p in zip(saved, params, strict=True):
-            kept = state_dict["state"].get(index)
-            if kept is None:
-                continue
-            for key, value in kept.items():
-                if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.detach().clone().to(device)
-            last = max(last, int(kept["step"]))
-        self._positions = len(params)
-        clock.set(last + 1)
+        parameter's), and the draws continue with the next step.
+
+        Where both sides have names (``named_parameters()``), states are matched by name, whatever
+        the order and the grouping; else by position. States go to their parameter's device and
+        become sharded as it is.
+
+        Raises:
+            ValueError: names or positions that do not match; the message says which.
+        """
+        load(self, state_dict)
+        clock.set(1 + max((int(s["step"]) for s in self.state.values() if s), default=0))

@@ -21,7 +21,8 @@ class SGD(Optimizer):
             be a tensor.
         foreach, fused: accepted, without effect: there is one fused kernel.
         differentiable: must be False.
-        rounding, state_dtype, state_rounding, seed: as in :class:`lowp.optim.AdamW`.
+        rounding, state_dtype, state_rounding, seed, master, clip_grad_norm: as in
+            :class:`lowp.optim.AdamW`.
 
     Raises:
         ValueError: a hyperparameter out of range or an unknown option.
@@ -32,7 +33,8 @@ class SGD(Optimizer):
                  maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
                  fused: bool | None = None, rounding: str = "stochastic",
                  state_dtype: str | torch.dtype | None = None, state_rounding: str | None = None,
-                 seed: int = 0) -> None:
+                 seed: int = 0, master: str | None = None,
+                 clip_grad_norm: float | None = None) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         for name, value in (("learning rate", lr), ("momentum value", momentum),
@@ -44,7 +46,8 @@ class SGD(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening,
                     "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
         super().__init__(params, defaults, rounding=rounding, state_rounding=state_rounding,
-                         state_dtype=state_dtype, seed=seed, foreach=foreach, fused=fused,
+                         state_dtype=state_dtype, seed=seed, master=master,
+                         clip_grad_norm=clip_grad_norm, foreach=foreach, fused=fused,
                          differentiable=differentiable)
 
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
@@ -63,5 +66,5 @@ class SGD(Optimizer):
             batch.of("momentum_buffer_scale") if with_momentum else [], batch.of("step"), lr,
             float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
             group["nesterov"], group["maximize"], *rounding, group["seed"], batch.ids,
-            [0] * len(batch.params), *scaler,
+            batch.offsets, *scaler, batch.masters,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowp.hybrid.batches import Batch
 from lowp.hybrid.objectives.result import (
+    Objective,
     ObjectiveResult,
     TextModel,
     mean_cross_entropy,
@@ -13,7 +14,7 @@ from lowp.hybrid.padding import valid_mask
 from lowp.hybrid.random import sample_rows
 
 
-class CausalLM:
+class CausalLM(Objective):
     """``L = mean over all positions t with a next token of CE(logits_t, x_{t+1})``, in fp32.
 
     The auxiliary loss of Rei, "Semi-supervised multitask learning for sequence labeling", ACL 2017,
@@ -26,7 +27,10 @@ class CausalLM:
     """
 
     name = "causal_lm"
-    stream = "unlabelled"
+
+    def count(self, batch: Batch) -> int | None:
+        """The tokens to be predicted."""
+        return int((batch.lengths - 1).clamp(min=0).sum())
 
     def __call__(self, model: TextModel, batch: Batch) -> ObjectiveResult:
         """The loss of one batch."""

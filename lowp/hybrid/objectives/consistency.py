@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 
 from lowp.hybrid.batches import Batch
-from lowp.hybrid.objectives.pseudo_label import label_accuracy, selected_cross_entropy
-from lowp.hybrid.objectives.result import ObjectiveResult, TextModel, confident_predictions
+from lowp.hybrid.objectives.result import ObjectiveResult, TextModel
+from lowp.hybrid.objectives.thresholds import Labels, SelfLabelled, Threshold
 from lowp.hybrid.padding import valid_mask
 from lowp.hybrid.random import row_draws, sample_rows, stream_id
 from lowp.hybrid.tokenizer import MASK, SPECIAL
 from lowp.key import Role, clock
+
+
+def check_parts(name: str, **parts: float) -> None:
+    """ValueError unless each is in [0, 1)."""
+    for argument, value in parts.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"lowp.hybrid.{name}: {argument} must be in [0, 1), got {value}")
 
 
 def augment(batch: Batch, drop: float, mask: float, seed: int = 0) -> Batch:
@@ -38,7 +45,7 @@ def augment(batch: Batch, drop: float, mask: float, seed: int = 0) -> Batch:
     return Batch(moved, kept.to(batch.lengths.device), batch.labels, batch.sample_ids)
 
 
-class Consistency:
+class Consistency(SelfLabelled):
     """``L = mean over the batch of 1[max p ≥ threshold] · CE(classify(strong(x)), argmax p)``.
 
     Sohn et al., "FixMatch", NeurIPS 2020, equation 4, in fp32. The weak form, of which p is, is the
@@ -46,7 +53,8 @@ class Consistency:
     others hidden (see :func:`augment`), and goes through dropout.
 
     Args:
-        threshold: least probability of a label that is used, in [0, 1]; 0.95 by default.
+        threshold: least probability of a label that is used, in [0, 1], 0.95 by default; or
+            :class:`FlexMatch`, :class:`FreeMatch`.
         drop, mask: parts of the tokens left out and hidden, in [0, 1).
         seed: of the augmentation.
 
@@ -57,25 +65,17 @@ class Consistency:
     """
 
     name = "consistency"
-    stream = "unlabelled"
 
-    def __init__(self, threshold: float = 0.95, drop: float = 0.2, mask: float = 0.2,
+    def __init__(self, threshold: float | Threshold = 0.95, drop: float = 0.2, mask: float = 0.2,
                  seed: int = 0) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError("lowp.hybrid.Consistency: threshold must be in [0, 1], "
-                             f"got {threshold}")
-        for argument, value in (("drop", drop), ("mask", mask)):
-            if not 0 <= value < 1:
-                raise ValueError(f"lowp.hybrid.Consistency: {argument} must be in [0, 1), "
-                                 f"got {value}")
-        self.threshold, self.drop, self.mask, self.seed = threshold, drop, mask, seed
+        super().__init__(threshold)
+        check_parts("Consistency", drop=drop, mask=mask)
+        self.drop, self.mask, self.seed = drop, mask, seed
 
     def __call__(self, model: TextModel, batch: Batch) -> ObjectiveResult:
         """The loss of one batch."""
-        labels, confident, metrics = confident_predictions(model, batch.tokens, batch.lengths,
-                                                           self.threshold)
+        labels = Labels(model, batch, self.threshold)
         strong = augment(batch, self.drop, self.mask, self.seed)
         with sample_rows(batch.sample_ids):
             logits = model.classify(strong.tokens, strong.lengths)
-        loss = selected_cross_entropy(logits, labels, confident, batch.lengths)
-        return ObjectiveResult(loss, {**metrics, **label_accuracy(batch, labels, confident)})
+        return self.with_penalty(labels.cross_entropy(logits, batch.lengths), logits, labels)

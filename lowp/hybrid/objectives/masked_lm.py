@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowp.hybrid.batches import Batch
 from lowp.hybrid.objectives.result import (
+    Objective,
     ObjectiveResult,
     TextModel,
     mean_cross_entropy,
@@ -18,15 +19,21 @@ from lowp.hybrid.tokenizer import MASK, SPECIAL
 from lowp.key import Role, clock
 
 
-class MaskedLM:
+class MaskedLM(Objective):
     """``L = mean over the chosen positions of CE(logits_t, x_t)``, in fp32, x being hidden there.
 
     Devlin et al., "BERT", NAACL 2019, section 3.1: each token is chosen with probability ``rate``;
     of the chosen, 80 % become the mask token, 10 % a random one, 10 % stay. Special tokens are
     neither chosen nor drawn. The choice is keyed by (seed, step, pass, sample, position).
 
+    With ``continues`` whole words are chosen: a token that continues a word shares the draw of the
+    word's first token (Cui et al., "Pre-training with whole word masking for Chinese BERT", 2019,
+    section 2.2), and each token's fate stays its own.
+
     Args:
         rate: in (0, 1), taken to a multiple of 2^-16; 0.15 by default.
+        continues: bool [V], which tokens continue a word (:meth:`lowp.hybrid.Tokenizer.continues`);
+            by default tokens are chosen one by one.
         seed: of the choice.
 
     Metrics: ``mask_rate``, the chosen part of all tokens that may be; ``token_accuracy`` on them.
@@ -36,29 +43,38 @@ class MaskedLM:
     """
 
     name = "masked_lm"
-    stream = "unlabelled"
 
-    def __init__(self, rate: float = 0.15, seed: int = 0) -> None:
+    def __init__(self, rate: float = 0.15, seed: int = 0, continues: Tensor | None = None) -> None:
         if not 0 < rate < 1:
             raise ValueError(f"lowp.hybrid.MaskedLM: rate must be in (0, 1), got {rate}")
-        self.rate, self.seed = rate, seed
+        self.rate, self.seed, self.continues = rate, seed, continues
+
+    def count(self, batch: Batch) -> int | None:
+        """The chosen positions."""
+        return int(self._chosen(batch).sum())
+
+    def _bits(self, use: str, batch: Batch) -> Tensor:
+        return row_draws(batch.sample_ids, batch.tokens.shape[1], self.seed, int(clock.step),
+                         stream_id(f"masked_lm/{use}"), Role.MASKING).to(batch.tokens.device)
+
+    def _chosen(self, batch: Batch) -> Tensor:
+        """Which positions are hidden, bool [B, T]."""
+        tokens = batch.tokens
+        valid = valid_mask(batch.lengths.to(tokens.device), tokens.shape[1])
+        drawn = self._bits("choice", batch) < round(self.rate * 65536)
+        if self.continues is not None and tokens.shape[1]:
+            place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            inside = self.continues.to(tokens.device)[tokens]
+            first = torch.where(inside, 0, place).cummax(dim=1).values
+            drawn = drawn.gather(1, first)
+        return drawn & valid & (tokens >= len(SPECIAL))
 
     def corrupt(self, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
         """The tokens with some hidden, int64 [B, T], and which were chosen, bool [B, T]."""
-        tokens = batch.tokens
-        rows, width = batch.sample_ids, tokens.shape[1]
-        step = int(clock.step)
-
-        def bits(use: str) -> Tensor:
-            return row_draws(rows, width, self.seed, step, stream_id(use),
-                             Role.MASKING).to(tokens.device)
-
-        allowed = valid_mask(batch.lengths.to(tokens.device), width) & (tokens >= len(SPECIAL))
-        chosen = allowed & (bits("masked_lm/choice") < round(self.rate * 65536))
-        fate = bits("masked_lm/fate")
-        ordinary = vocab_size - len(SPECIAL)
-        other = len(SPECIAL) + integers(rows, width, ordinary, self.seed, step,
-                                        stream_id("masked_lm/token"), Role.MASKING)
+        tokens, chosen, fate = batch.tokens, self._chosen(batch), self._bits("fate", batch)
+        other = len(SPECIAL) + integers(
+            batch.sample_ids, tokens.shape[1], vocab_size - len(SPECIAL), self.seed,
+            int(clock.step), stream_id("masked_lm/token"), Role.MASKING)
         hidden = torch.where(fate < round(0.9 * 65536), other.to(tokens.device), tokens)
         hidden = torch.where(fate < round(0.8 * 65536), MASK, hidden)
         return torch.where(chosen, hidden, tokens), chosen

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lowp.hybrid.batches import Batch
 
 
 class TextModel(Protocol):
@@ -35,6 +37,42 @@ class ObjectiveResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+class Objective:
+    """What the objectives of this package have beside their formula; all of it may be left out.
+
+    Attributes:
+        name: how it is logged.
+        stream: ``"labelled"`` or ``"unlabelled"``, which batches it reads.
+        self_labelled: its targets come from the model itself, so it may fall to 0 by itself and its
+            weight must not be learned.
+    """
+
+    name = ""
+    stream = "unlabelled"
+    self_labelled = False
+
+    def count(self, batch: Batch) -> int | None:
+        """Over how many things the loss is a mean, known before any pass.
+
+        The parts of a batch, on several ranks or one after another, then weigh by their counts, and
+        the loss is the mean over the whole. ``None``: parts weigh alike.
+        """
+        return None
+
+    def begin_step(self) -> None:
+        """A step begins; what an earlier one, which was not applied, has left is dropped."""
+
+    def end_step(self, model: nn.Module) -> None:
+        """The step was applied; the model has its new weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+
+
 def mean_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean of ``-log softmax(logits)[target]`` in fp32; over nothing, 0 with a zero gradient.
 
@@ -49,38 +87,32 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float =
     return nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
+def mean_over_texts(terms: Tensor, lengths: Tensor) -> Tensor:
+    """``Σ terms / number of texts that are not empty``, of fp32 terms [B]; an empty text's is
+    dropped.
+
+    Of no text it is 0, with a zero gradient.
+    """
+    nonempty = lengths.to(terms.device) > 0
+    return torch.where(nonempty, terms, 0).sum() / max(1, nonempty_count(lengths))
+
+
+def nonempty_count(lengths: Tensor) -> int:
+    """How many texts have a token."""
+    return int((lengths > 0).sum())
+
+
 def part_equal(predicted: Tensor, targets: Tensor) -> float:
     """Part of the entries that are equal; of nothing, 0."""
     return float((predicted == targets).float().mean()) if targets.numel() else 0.0
 
 
 @torch.no_grad()
-def confident_predictions(model: TextModel, tokens: Tensor, lengths: Tensor,
-                          threshold: float) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The model's own labels, from a pass in evaluation mode without gradients.
-
-    Returns:
-        Labels, int64 [B]; which are confident, bool [B], of texts that are not empty; and metrics:
-        ``mask_rate``, the confident part; ``confidence``, the mean of the largest probability; and
-        ``label_entropy``, the entropy of the histogram of the confident labels over the log of the
-        number of classes: near 0 while the mask rate is high, all texts go to one class.
-    """
+def predictions(model: TextModel, batch: Batch) -> Tensor:
+    """``softmax(classify(x))``, fp32 [B, C], in evaluation mode without gradients."""
     was_training = model.training
     model.train(False)
     try:
-        probabilities = torch.softmax(model.classify(tokens, lengths).float(), dim=-1)
+        return torch.softmax(model.classify(batch.tokens, batch.lengths).float(), dim=-1)
     finally:
         model.train(was_training)
-    confidence, labels = probabilities.max(-1)
-    nonempty = lengths.to(labels.device) > 0
-    confident = (confidence >= threshold) & nonempty
-    classes = probabilities.shape[-1]
-    histogram = labels[confident].bincount(minlength=classes).double()
-    parts = histogram[histogram > 0] / histogram.sum()
-    entropy = float(-(parts * parts.log()).sum()) / float(torch.log(torch.tensor(float(classes))))
-    count = max(1, int(nonempty.sum()))
-    return labels, confident, {
-        "mask_rate": float(confident.sum()) / count,
-        "confidence": float(confidence[nonempty].sum()) / count,
-        "label_entropy": abs(entropy),
-    }

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-KINDS = ("constant", "linear", "sigmoid")
+KINDS = ("constant", "linear", "cosine", "sigmoid")
 
 
 @dataclass(frozen=True)
 class Ramp:
     """A weight from ``start`` to ``end`` over ``steps`` steps, and ``end`` after them.
 
-    With t = min(1, step / steps): ``start + (end - start) · f(t)``, f = 1 (constant), t (linear) or
-    exp(-5 (1 - t)²) (sigmoid; Laine and Aila, "Temporal ensembling", ICLR 2017, appendix A).
+    With t = min(1, step / steps): ``start + (end - start) · f(t)``, f = 1 (constant), t (linear),
+    (1 - cos πt) / 2 (cosine) or exp(-5 (1 - t)²) (sigmoid; Laine and Aila, "Temporal ensembling",
+    ICLR 2017, appendix A). Sigmoid by default.
 
     Raises:
         ValueError: an unknown kind, a weight that is negative or not finite, or steps below 1.
@@ -38,5 +39,6 @@ class Ramp:
     def __call__(self, step: int) -> float:
         """The weight at a step, 1 at the first."""
         t = min(1.0, max(0.0, step / self.steps))
-        rise = {"constant": 1.0, "linear": t, "sigmoid": math.exp(-5 * (1 - t) ** 2)}[self.kind]
+        rise = {"constant": 1.0, "linear": t, "cosine": (1 - math.cos(math.pi * t)) / 2,
+                "sigmoid": math.exp(-5 * (1 - t) ** 2)}[self.kind]
         return self.start + (self.end - self.start) * rise

@@ -1,0 +1,79 @@
+"""Every op of the CUDA backend once, on small and ragged shapes: what compute-sanitizer runs.
+
+    compute-sanitizer python -m benchmarks.gpu_small
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+import lowp
+from lowp.ops.activation_grad import activation_grad
+from lowp.ops.adamw import adamw
+from lowp.ops.bias_grad import bias_grad
+from lowp.ops.dequantize import dequantize
+from lowp.ops.linear import linear
+from lowp.ops.linear_dgrad import linear_dgrad
+from lowp.ops.linear_wgrad import linear_wgrad
+from lowp.ops.quantize import quantize
+from lowp.ops.quantize_row_col import quantize_row_col
+from lowp.ops.scaled_mm import scaled_mm
+from lowp.ops.sgd import sgd
+from tests import test_optim_ops
+
+SHAPES = ((1, 1), (3, 7), (17, 129), (64, 256), (130, 1040), (2, 5000))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+
+
+def quantization() -> None:
+    roundings = ("nearest", "stochastic")
+    for (rows, cols), dtype, rounding in itertools.product(SHAPES, DTYPES, roundings):
+        x = torch.randn(rows, cols, device="cuda").to(dtype)
+        for granularity in ("tensor", "row", "column", "block"):
+            q, scale = quantize(x, granularity, 64, rounding, 1, None, 2, 4, 3)
+            dequantize(q, scale, granularity, 64, dtype)
+        quantize_row_col(x, rounding, 1, None, 2, 6, 7, 3)
+        activation_grad(x, x, "gelu")
+        bias_grad(x)
+
+
+def products() -> None:
+    for m, n, k in ((1, 1, 1), (3, 17, 33), (130, 70, 64), (300, 264, 128), (64, 128, 1024)):
+        for dtype in DTYPES:
+            x, w, dy = (torch.randn(s, device="cuda").to(dtype) for s in ((m, k), (n, k), (m, n)))
+            linear(x, w, torch.randn(n, device="cuda"), "gelu", dtype, True)
+            linear_dgrad(dy, w, dtype)
+            linear_wgrad(dy, x, True, torch.float32)
+        row, col = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
+        for b in (codes(n, k), codes(k, n).t()):
+            scaled_mm(codes(m, k), b, row, col, None, "silu", torch.bfloat16, True)
+
+
+def updates() -> None:
+    for op, make in ((adamw, test_optim_ops.adamw_case), (sgd, test_optim_ops.sgd_case)):
+        for kind in (torch.float32, torch.bfloat16, "int8"):
+            params = [torch.randn(shape).bfloat16() for shape in SHAPES]
+            case = make(params, [torch.randn(p.shape) for p in params], kind)
+            moved = {key: [t.cuda() if isinstance(t, Tensor) else t for t in value]
+                     if isinstance(value, list) else value for key, value in case.items()}
+            op(*moved.values())
+
+
+def main() -> None:
+    """All of it, on the CUDA backend."""
+    with lowp.backend("cuda"):
+        quantization()
+        products()
+        updates()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+// Every op on a CUDA device: where it runs, its arguments (csrc/<op>.h, whose `threads` mean
+// nothing here) and what only a device needs. All pointers are of the device; nothing waits for it.
+#pragma once
+#include "activation_grad.h"
+#include "adamw.h"
+#include "bias_grad.h"
+#include "dequantize.h"
+#include "linear.h"
+#include "quantize.h"
+#include "scaled_mm.h"
+#include "sgd.h"
+
+namespace lowp {
+namespace cuda {
+
+struct Place {
+  int device;
+  uintptr_t stream;  // a cudaStream_t
+};
+
+// step: where the key's step lies on the device, or null. workspace: one word for a tensor, cols
+// for columns, cols + rows for quantize_row_col, all zeros; null otherwise.
+void quantize(const Place& place, const QuantizeArgs& args, const int64_t* step,
+              uint32_t* workspace);
+void quantize_row_col(const Place& place, const QuantizeRowColArgs& args, const int64_t* step,
+                      uint32_t* workspace);
+void dequantize(const Place& place, const DequantizeArgs& args);
+void activation_grad(const Place& place, const ActivationGradArgs& args);
+
+// partial: [ceil(M / 64), N]
+void bias_grad(const Place& place, const BiasGradArgs& args, float* partial);
+
+void product(const Place& place, const ProductArgs& args);
+void linear_epilogue(const Place& place, const EpilogueArgs& args);
+void scaled_mm(const Place& place, const ScaledMmArgs& args);
+
+// y[n, m] = x[m, n] of codes
+void transpose_codes(const Place& place, const int8_t* x, int64_t M, int64_t N, int8_t* y);
+
+// What the tensors of an update share, and where its scalars come from.
+struct UpdateClock {
+  double lr;
+  const double* lr_pointer;  // instead of lr, or null
+  double weight_decay;
+  double beta1, beta2;       // 0 where there is none
+  const float* grad_scale;   // [1] or null
+  const float* found_inf;    // [1] or null: not 0 means that nothing changes
+};
+
+// Written on the device before every update.
+struct UpdateScalars {
+  float lr, inv_scale, decay, unused;
+};
+
+// Where the parts of an update lie in the memory that Python fills (lowp/ops/device_table.py).
+template <class Tensor>
+struct UpdateTable {
+  Tensor* tensors;           // [count]; .step is written on the device, 0 for a skipped update
+  float* const* steps;       // [count]: the updates applied to each, advanced by one
+  const int64_t* first_run;  // [count + 1]: number of the tensor's first run of 256 elements
+  AdamWScalars* scalars;     // [count]
+  UpdateScalars* shared;     // [1]
+  int64_t count, runs;
+};
+
+void adamw(const Place& place, const AdamWArgs& args, const UpdateClock& clock,
+           const UpdateTable<AdamWTensor>& table);
+void sgd(const Place& place, const SgdArgs& args, const UpdateClock& clock,
+         const UpdateTable<SgdTensor>& table);
+
+// Copies host bytes by way of kernel parameters, which a captured graph keeps.
+void upload(const Place& place, const void* bytes, int64_t size, void* target);
+
+}  // namespace cuda
+}  // namespace lowp

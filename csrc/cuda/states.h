@@ -1,0 +1,163 @@
+// Runs of an optimizer's tensors: a run is up to 256 elements, taken by 16 lanes with 16 each, and
+// one block where states are codes. One launch covers the runs of all tensors.
+#pragma once
+#include <math.h>
+
+#include "cuda/groups.h"
+#include "cuda/noise.h"
+#include "numerics/codec.h"
+
+namespace lowp {
+namespace cuda {
+
+constexpr int kRunLanes = kStateBlock / 16;
+
+struct Run {
+  int64_t tensor;  // index into the table
+  int64_t block;   // index into the scales
+  int64_t begin, end;  // elements of the tensor
+};
+
+// The tensor whose runs include `index`, by bisection, and the run itself.
+template <class Tensor>
+LOWP_HD Run run_at(const UpdateTable<Tensor>& table, int64_t index) {
+  int64_t low = 0, high = table.count;  // first_run[low] <= index < first_run[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (table.first_run[middle] <= index) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const Tensor& t = table.tensors[low];
+  const int64_t run = index - table.first_run[low];
+  if (t.state_type != int64_t(State::codes)) {
+    const int64_t begin = run * kStateBlock, numel = t.rows * t.cols;
+    return {low, 0, begin, begin + kStateBlock < numel ? begin + kStateBlock : numel};
+  }
+  const Quotient q = divide_index(run, (t.cols + kStateBlock - 1) / kStateBlock);
+  const int64_t first = q.remainder * kStateBlock;
+  const int64_t last = first + kStateBlock < t.cols ? first + kStateBlock : t.cols;
+  return {low, run, q.quotient * t.cols + first, q.quotient * t.cols + last};
+}
+
+LOWP_HD bool vector_aligned(const void* p, const Span& s) {
+  return is_aligned(p) && s.begin % 16 == 0;
+}
+
+// A first moment: floats, or signed codes with one scale.
+LOWP_HD void load_signed(const void* state, float scale, int64_t type, const Span& s, float* x) {
+  const bool aligned = vector_aligned(state, s);
+  if (type != int64_t(State::codes)) return load_floats<16>(state, Float(type), s, aligned, x);
+  int32_t codes[16];
+  load_codes(static_cast<const int8_t*>(state), s, aligned, codes);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = decode_signed(static_cast<int8_t>(codes[i]), scale);
+}
+
+// A second moment: floats, or unsigned codes of its square root.
+LOWP_HD void load_squares(const void* state, float scale, int64_t type, const Span& s, float* x) {
+  const bool aligned = vector_aligned(state, s);
+  if (type != int64_t(State::codes)) return load_floats<16>(state, Float(type), s, aligned, x);
+  int32_t codes[16];
+  load_codes(static_cast<const uint8_t*>(state), s, aligned, codes);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float root = decode_unsigned(static_cast<uint8_t>(codes[i]), scale);
+    x[i] = root * root;
+  }
+}
+
+// What a tensor draws, of which only the role changes.
+struct StateNoise {
+  uint64_t seed;
+  uint32_t step, id;
+  int64_t element;  // global index of the vector's first
+  LOWP_HD_MEMBER void fill(uint32_t role, uint32_t* draws) const {
+    fill_draws<16>(PhiloxKey{seed, step, id, role}, static_cast<uint64_t>(element), draws);
+  }
+};
+
+LOWP_HD void store_any(const float* x, bool stochastic, const StateNoise& noise, uint32_t role,
+                       int64_t type, const Span& s, void* out) {
+  const bool aligned = vector_aligned(out, s);
+  if (!stochastic || type == int64_t(Float::fp32)) {
+    return store_floats<16>(x, nullptr, Float(type), s, aligned, out);
+  }
+  uint32_t draws[16];
+  noise.fill(role, draws);
+  store_floats<16>(x, draws, Float(type), s, aligned, out);
+}
+
+// x: a first moment, or the square root of a second one; kSigned tells which. scale: state_scale of
+// its block.
+template <bool kSigned>
+LOWP_HD void store_codes_of(const float* x, bool stochastic, const StateNoise& noise, uint32_t role,
+                            float scale, const Span& s, void* state) {
+  uint32_t draws[16];
+  if (stochastic) {
+    noise.fill(role, draws);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) draws[i] = kNearest;
+  }
+  int32_t codes[16];
+  const bool aligned = vector_aligned(state, s);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = kSigned ? encode_signed(x[i], scale, draws[i])
+                       : encode_unsigned(x[i], scale, draws[i]);
+  }
+  if (kSigned) {
+    store_codes(codes, s, aligned, static_cast<int8_t*>(state));
+  } else {
+    store_codes(codes, s, aligned, static_cast<uint8_t*>(state));
+  }
+}
+
+// base^n by squaring, as lowp/reference/adamw.py has it: IEEE products alone, so the same bits.
+LOWP_HD double power(double base, int64_t n) {
+  double result = 1.0;
+  while (n > 0) {
+    if (n & 1) result = result * base;
+    base = base * base;
+    n >>= 1;
+  }
+  return result;
+}
+
+// Before an update: counts it in every step, and turns what lies in device memory into the kernels'
+// scalars.
+template <class Tensor>
+struct Clock {
+  struct Args {
+    UpdateClock clock;
+    UpdateTable<Tensor> table;
+  };
+  static constexpr int kLanes = 1, kMaxima = 0;
+  struct Lane {};
+
+  static LOWP_HD_MEMBER void load(const Args&, int64_t, int, Lane&) {}
+  static LOWP_HD_MEMBER void store(const Args& a, int64_t i, int, Lane&) {
+    const UpdateClock& c = a.clock;
+    if (c.found_inf != nullptr && *c.found_inf != 0.0f) {
+      a.table.tensors[i].step = 0;
+      return;
+    }
+    const float now = *a.table.steps[i] + 1.0f;
+    *a.table.steps[i] = now;
+    a.table.tensors[i].step = static_cast<int64_t>(now);
+    const double lr = c.lr_pointer != nullptr ? *c.lr_pointer : c.lr;
+    const double bc1 = 1.0 - power(c.beta1, static_cast<int64_t>(now));
+    const double bc2 = 1.0 - power(c.beta2, static_cast<int64_t>(now));
+    a.table.scalars[i] = {static_cast<float>(lr / bc1), static_cast<float>(1.0 / sqrt(bc2))};
+    if (i > 0) return;
+    const double scale = c.grad_scale != nullptr ? *c.grad_scale : 1.0;
+    *a.table.shared = {static_cast<float>(lr), static_cast<float>(1.0 / scale),
+                       static_cast<float>(1.0 - lr * c.weight_decay), 0.0f};
+  }
+};
+
+}  // namespace cuda
+}  // namespace lowp

@@ -1,0 +1,12 @@
+#define LOWP_INLINE_DIVISION
+#include "cuda/wgmma_linear.h"
+
+namespace lowp {
+namespace cuda {
+
+bool wgmma_fp16(const Place& place, const ProductArgs& p) {
+  return wgmma_product_of<cutlass::half_t>(place, p);
+}
+
+}  // namespace cuda
+}  // namespace lowp

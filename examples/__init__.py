@@ -1,0 +1,1 @@
+"""Runnable examples: the clients of lowp, and an application of each kind."""

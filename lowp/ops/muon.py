@@ -1,0 +1,180 @@
+"""muon: one update of many matrices, in place."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowp.native import cpu_extension
+from lowp.ops import update
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops.linear import linear
+from lowp.ops.linear_dgrad import linear_dgrad
+from lowp.ops.square_sums import square_sums
+from lowp.reference import muon as reference
+from lowp.reference.stores import Noise, fp32
+
+ADJUSTMENTS = {"original": 0, "match_rms_adamw": 1}
+
+muon = Op(
+    "muon(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] momentum_scales, Tensor(d!)[] steps, Tensor lr, float momentum, bool nesterov, "
+    "float[] ns_coefficients, float eps, int ns_steps, float weight_decay, str adjust_lr, "
+    "bool maximize, str rounding, str state_rounding, int seed, int[] tensors, int[] offsets, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor(e!)[]? masters=None) -> ()"
+)
+"""Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024).
+
+For each matrix [rows, cols], in fp32 registers::
+
+    g = grad / grad_scale;  buf += (1 - momentum) (g - buf)
+    x = g + momentum (buf - g) if nesterov, else buf
+    x = x / max(|x|, eps)  (Frobenius), then ns_steps times, on the wide side up:
+        x = a x + (b x xᵀ + c (x xᵀ)²) x
+    p = p (1 - lr weight_decay) - rate x
+
+and one rounding at each store. x and its products are bf16 with fp32 sums, each rounded once
+(lowp::linear and lowp::linear_dgrad); the rest has the same bits on every backend. The rate is lr
+times sqrt(max(1, rows / cols)) (``"original"``) or 0.2 sqrt(max(rows, cols))
+(``"match_rms_adamw"``; Liu et al., "Muon is scalable for LLM training", 2025, section 2.2).
+
+Args:
+    params: fp32, bf16 or fp16 matrices; a strided one is updated through a copy.
+    grads: like the params, of any float type.
+    momentum_buffers: contiguous; floats, or int8 codes (lowp.reference.codec).
+    momentum_scales: fp32 scales of the codes; empty tensors for float states.
+    steps: 0-dim fp32 updates applied so far; each is advanced by one.
+    lr: 0-dim.
+    ns_coefficients: a, b, c.
+    rounding, state_rounding, seed, tensors, offsets, grad_scale, found_inf, masters: as in
+        :data:`lowp.ops.adamw.adamw`; a matrix must be whole.
+
+Raises:
+    TypeError, ValueError: lists, types or shapes that do not fit, an expanded parameter.
+"""
+
+_Tensors = Sequence[Tensor]
+
+
+@muon.check
+def _check(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors,
+           momentum_scales: _Tensors, steps: _Tensors, lr: Tensor, momentum: float, nesterov: bool,
+           ns_coefficients: Sequence[float], eps: float, ns_steps: int, weight_decay: float,
+           adjust_lr: str, maximize: bool, rounding: str, state_rounding: str, seed: int,
+           tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+           found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
+    require_choice("muon", "rounding", rounding, ROUNDINGS)
+    require_choice("muon", "state_rounding", state_rounding, ROUNDINGS)
+    require_choice("muon", "adjust_lr", adjust_lr, ADJUSTMENTS)
+    update.require_float_lists("muon", params=params, grads=grads)
+    update.require_lists("muon", params, grads=grads, momentum_buffers=momentum_buffers)
+    update.require_sizes("muon", params, steps=steps, tensors=tensors, offsets=offsets,
+                         momentum_scales=momentum_scales)
+    update.require_states("muon", "momentum_buffers", torch.int8, momentum_buffers, momentum_scales)
+    for i, p in enumerate(params):
+        if p.dim() != 2:
+            raise ValueError(
+                f"lowp::muon: params[{i}] must be a matrix, got shape {tuple(p.shape)}"
+            )
+    if len(ns_coefficients) != 3:
+        raise ValueError(
+            f"lowp::muon: ns_coefficients must be 3 numbers, got {len(ns_coefficients)}"
+        )
+    update.require_in_place("muon", params)
+    update.require_masters("muon", params, masters)
+
+
+@muon.fake
+def _fake(*args: object) -> None:
+    return None
+
+
+def rate_of(p: Tensor, lr: float, adjust_lr: str) -> float:
+    """The step's rate for a matrix of this shape."""
+    rows, cols = p.shape
+    if adjust_lr == "original":
+        return lr * math.sqrt(max(1.0, rows / cols))
+    return lr * 0.2 * math.sqrt(max(rows, cols))
+
+
+@muon.kernel("reference")
+def _reference(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors,
+               momentum_scales: _Tensors, steps: _Tensors, lr: Tensor, momentum: float,
+               nesterov: bool, ns_coefficients: Sequence[float], eps: float, ns_steps: int,
+               weight_decay: float, adjust_lr: str, maximize: bool, rounding: str,
+               state_rounding: str, seed: int, tensors: Sequence[int], offsets: Sequence[int],
+               grad_scale: Tensor | None, found_inf: Tensor | None,
+               masters: _Tensors | None = None) -> None:
+    if update.is_skipped(found_inf):
+        return
+    inv_scale = update.inv_scale_of(grad_scale)
+    a, b, c = ns_coefficients
+    for i, step in enumerate(update.advance(steps)):
+        if params[i].numel() == 0:
+            continue
+        noise = Noise(seed, step, tensors[i], offsets[i])
+        x = reference.momentum(grads[i], momentum_buffers[i], momentum_scales[i], momentum,
+                               nesterov, maximize, inv_scale, state_rounding, noise)
+        x = reference.orthogonalize(x, (a, b, c), eps, ns_steps)
+        reference.step(params[i].detach(), x, masters[i] if masters else None, lr.item(),
+                       rate_of(params[i], lr.item(), adjust_lr), weight_decay, rounding, noise)
+
+
+def _orthogonalized(x: Tensor, coefficients: Sequence[float], eps: float, steps: int) -> Tensor:
+    """As :func:`lowp.reference.muon.orthogonalize`, by lowp's products."""
+    a, b, c = map(fp32, coefficients)
+    norm = fp32(math.sqrt(square_sums([x]).item()))
+    z = (x / (eps if norm < eps else norm)).bfloat16()
+    z = z.t() if x.shape[0] > x.shape[1] else z
+    for _ in range(steps):
+        gram = linear(z, z, None, "none", torch.bfloat16, False)[0]
+        square = linear_dgrad(gram, gram, torch.float32)
+        polynomial = gram.float().mul_(b).add_(square.mul_(c)).bfloat16()
+        z = z.float().mul_(a).add_(linear_dgrad(polynomial, z, torch.float32)).bfloat16()
+    return (z.t() if x.shape[0] > x.shape[1] else z).contiguous()
+
+
+@muon.kernel("cpu")
+def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum_scales: _Tensors,
+         steps: _Tensors, lr: Tensor, momentum: float, nesterov: bool,
+         ns_coefficients: Sequence[float], eps: float, ns_steps: int, weight_decay: float,
+         adjust_lr: str, maximize: bool, rounding: str, state_rounding: str, seed: int,
+         tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+         found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
+    if update.is_skipped(found_inf):
+        return
+    counts = update.advance(steps)
+    seed, threads, rate = seed & (2**64 - 1), torch.get_num_threads(), lr.item()
+    for i, step in enumerate(counts):  # one at a time, so that one matrix's products exist at once
+        with update.contiguous_params([params[i]]) as (p,):
+            if p.numel() == 0:
+                continue
+            grad, buf = grads[i].contiguous(), momentum_buffers[i]
+            x = torch.empty_like(p, dtype=torch.float32)
+            row = struct.pack(  # csrc/sgd.h: SgdTensor
+                "<12q", x.data_ptr(), grad.data_ptr(), buf.data_ptr(),
+                momentum_scales[i].data_ptr(), *p.shape, 0, FLOATS[grad.dtype],
+                update.STATE_TYPES[buf.dtype], step, tensors[i], offsets[i],
+            )
+            table = torch.frombuffer(bytearray(row), dtype=torch.int64)
+            cpu_extension().muon_momentum(
+                table.data_ptr(), 1, momentum, 1 - momentum, update.inv_scale_of(grad_scale),
+                nesterov, maximize, ROUNDINGS[state_rounding], seed, threads,
+            )
+            x = _orthogonalized(x, ns_coefficients, eps, ns_steps)
+            row = struct.pack(
+                "<12q", p.data_ptr(), x.data_ptr(), 0, 0, *p.shape, FLOATS[p.dtype],
+                FLOATS[x.dtype], 0, step, tensors[i], offsets[i],
+            )
+            table = torch.frombuffer(bytearray(row), dtype=torch.int64)
+            rates = torch.tensor([rate_of(p, rate, adjust_lr)], dtype=torch.float32)
+            extra = struct.pack("<2q", *update.master_row(masters, i))
+            weights = torch.frombuffer(bytearray(extra), dtype=torch.int64)
+            cpu_extension().muon_step(
+                table.data_ptr(), rates.data_ptr(), 1, 1 - rate * weight_decay,
+                ROUNDINGS[rounding], seed, threads, weights.data_ptr(),
+            )

@@ -1,0 +1,122 @@
+// Stands for the GPU's matrix instructions in the host build of the CUDA kernels: the sums by plain
+// loops, laid out in quads of lanes as mma leaves them, then the kernels' own code for everything
+// after a sum.
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/finish.h"
+#include "cuda/groups.h"
+#include "numerics/divide.h"
+
+#include <math.h>
+#include <pybind11/pybind11.h>
+
+namespace lowp {
+namespace cuda {
+
+int64_t host_blocks = 1;
+
+namespace {
+
+// gather_groups on four lanes at once. Every lane's sends are recorded and replayed until they
+// settle: what is sent in its second stage depends on what the first one received.
+template <class Value>
+void gather_quad(Value (&lanes)[4][4][2]) {
+  std::vector<Value> sent[4];
+  Value done[4][4][2];
+  for (int pass = 0; pass < 3; ++pass) {
+    std::vector<Value> next[4];
+    for (int q = 0; q < 4; ++q) {
+      std::copy(&lanes[q][0][0], &lanes[q][0][0] + 8, &done[q][0][0]);
+      gather_groups(done[q], q, [&](Value value, int bit) {
+        next[q].push_back(value);
+        const size_t index = next[q].size() - 1;
+        return pass == 0 ? Value{} : sent[q ^ bit][index];
+      });
+    }
+    for (int q = 0; q < 4; ++q) sent[q] = next[q];
+  }
+  std::copy(&done[0][0][0], &done[0][0][0] + 32, &lanes[0][0][0]);
+}
+
+// sum(m, n) of every element, 32 columns at a time.
+template <class Value, class Sum>
+void finish_all(const Finish& f, int64_t M, const Sum& sum) {
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < f.N; n += 32) {
+      Value lanes[4][4][2];
+      for (int q = 0; q < 4; ++q) {
+        for (int g = 0; g < 4; ++g) {
+          for (int i = 0; i < 2; ++i) {
+            const int64_t column = n + 8 * g + 2 * q + i;
+            lanes[q][g][i] = column < f.N ? sum(m, column) : Value{};
+          }
+        }
+      }
+      gather_quad(lanes);
+      for (int q = 0; q < 4; ++q) {
+        float z[8];
+        for (int i = 0; i < 8; ++i) z[i] = static_cast<float>(lanes[q][i / 2][i % 2]);
+        finish_eight(f, m, n + 8 * q, z);
+      }
+    }
+  }
+}
+
+float element(const Operand& x, int64_t row, int64_t k) {
+  const uint16_t bits =
+      static_cast<const uint16_t*>(x.data)[row * x.row_stride + k * x.k_stride];
+  return half_to_float(bits, x.type);
+}
+
+}  // namespace
+
+void product(const Place&, const ProductArgs& p) {
+  if (p.a.type == Float::fp32) throw std::invalid_argument("lowp::linear: fp32 is torch's");
+  const Finish finish{p.epilogue, p.N, nullptr, 0, nullptr, 0, rows_aligned(p.epilogue, p.N)};
+  finish_all<float>(finish, p.M, [&](int64_t m, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < p.K; ++k) sum += element(p.a, m, k) * element(p.b, n, k);
+    return sum;
+  });
+}
+
+void scaled_mm(const Place&, const ScaledMmArgs& p) {
+  if (p.a_k_stride != 1 || p.b_k_stride != 1) {
+    throw std::invalid_argument("lowp::scaled_mm: the CUDA product takes codes adjacent along K");
+  }
+  const Finish finish{p.epilogue, p.N, p.row_scale, p.row_scale_stride, p.col_scale,
+                      p.col_scale_stride, rows_aligned(p.epilogue, p.N)};
+  finish_all<int32_t>(finish, p.M, [&](int64_t m, int64_t n) {
+    int32_t sum = 0;
+    const int8_t *a = p.a + m * p.a_row_stride, *b = p.b + n * p.b_row_stride;
+    for (int64_t k = 0; k < p.K; ++k) sum += a[k] * b[k];
+    return sum;
+  });
+}
+
+// divide_inline of pairs, from reciprocals that are `ulps` units in the last place off.
+int64_t wrong_divisions(const std::vector<float>& a, const std::vector<float>& b, int ulps) {
+  int64_t wrong = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const float got = divide_inline(
+        a[i], b[i], [](float x, float y, float z) { return fmaf(x, y, z); },
+        [&](float x) { return bits_float(float_bits(1.0f / x) + static_cast<uint32_t>(ulps)); });
+    const float want = a[i] / b[i];
+    const bool same = float_bits(got) == float_bits(want) || (got != got && want != want);
+    wrong += same ? 0 : 1;
+  }
+  return wrong;
+}
+
+void define_host(pybind11::module_& m) {
+  m.def("set_blocks", [](int64_t blocks) { host_blocks = blocks; });
+  m.def("wrong_divisions", [](uintptr_t a, uintptr_t b, int64_t n, int ulps) {
+    const float *x = reinterpret_cast<const float*>(a), *y = reinterpret_cast<const float*>(b);
+    return wrong_divisions({x, x + n}, {y, y + n}, ulps);
+  });
+}
+
+}  // namespace cuda
+}  // namespace lowp
