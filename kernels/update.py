@@ -173,8 +173,8 @@ def require_no_masters(op: str, masters: Sequence[Tensor] | None) -> None:
     """
     if any(master.numel() for master in masters or ()):
         raise BackendError(
-            f"lowp::{op}: the triton kernel takes no masters (16-bit weights without master "
-            "weights or fp32 ones), got some; the backends cpu and reference have them"
+            f"lowp::{op}: the triton kernel takes no masters (expected None or empty ones), got "
+            "some; the backends cpu, cuda and reference have them"
         )
 
 

@@ -171,8 +171,6 @@ def test_options_of_updates(target: Target, kind):
 
 @pytest.mark.parametrize("kind", update_cases.STATES)
 def test_adam_with_coupled_decay(target: Target, kind):
-    if target.backend == "cuda":
-        pytest.skip("the CUDA kernel of adamw takes no coupled decay")
     params = [torch.randn(9, 300).bfloat16(), torch.randn(700)]
     grads = [torch.randn(9, 300).half(), torch.randn(700).bfloat16()]
     for maximize, weight_decay in ((False, 0.1), (True, 0.1), (False, 0.0)):
@@ -184,17 +182,20 @@ def test_adam_with_coupled_decay(target: Target, kind):
         assert same == (weight_decay == 0)
 
 
-def test_masters_are_refused_by_name(target: Target):
-    if target.backend == "cuda":
-        pytest.skip("this message is the Triton kernels'")
+@pytest.mark.parametrize("kind", ("remainder", "kahan"))
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_masters_are_kept_or_refused_by_name(target: Target, name, kind):
+    op, make = update_cases.OPS[name]
     params, grads = [torch.randn(300).bfloat16(), torch.randn(9)], [torch.randn(300), torch.ones(9)]
-    for name, (op, make) in update_cases.OPS.items():
-        trailing = {"coupled": False} if name == "adamw" else {}
-        case = {**make(params, grads, torch.float32), **trailing}
-        with pytest.raises(BackendError, match=f"lowp::{name}: .*masters.*cpu and reference"):
-            update_cases.run(target, op, {**case, "masters": masters_of(params, "kahan")})
-        fp32 = {**make(params[1:], grads[1:], torch.float32), **trailing}
-        update_cases.assert_equal(target, op, {**fp32, "masters": masters_of(params[1:], "kahan")})
+    trailing = {"coupled": False} if name == "adamw" else {}
+    case = {**make(params, grads, torch.float32), **trailing, "masters": masters_of(params, kind)}
+    if target.backend == "triton":
+        message = f"lowp::{name}: the triton kernel takes no masters .* cpu, cuda and reference"
+        with pytest.raises(BackendError, match=message):
+            update_cases.run(target, op, case)
+        case = {**make(params[1:], grads[1:], torch.float32), **trailing,
+                "masters": masters_of(params[1:], kind)}
+    update_cases.assert_equal(target, op, case)
 
 
 @pytest.mark.parametrize("name", update_cases.OPS)

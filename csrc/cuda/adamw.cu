@@ -4,7 +4,8 @@ namespace lowp {
 namespace cuda {
 namespace {
 
-// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2.
+// Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2:
+// with a coupled decay Adam, else AdamW.
 struct AdamWBody {
   struct Args {
     AdamWArgs a;
@@ -28,7 +29,8 @@ struct AdamWBody {
     if (t.step == 0 || s.to == 0) return;
     const bool codes = t.state_type == int64_t(State::codes);
     float p[16], g[16];
-    load_floats<16>(t.param, Float(t.param_type), s, vector_aligned(t.param, s), p);
+    const MasterWeight master = args.table.master_of(r.tensor);
+    load_weight(t.param, t.param_type, master, s, p);
     load_floats<16>(t.grad, Float(t.grad_type), s, vector_aligned(t.grad, s), g);
     load_signed(t.exp_avg, codes ? t.exp_avg_scale[r.block] : 0.0f, t.state_type, s, mine.m);
     load_squares(t.exp_avg_sq, codes ? t.exp_avg_sq_scale[r.block] : 0.0f, t.state_type, s,
@@ -43,7 +45,8 @@ struct AdamWBody {
            mine.root, v_max);
     const StateNoise noise = noise_of(args, t, s);
     const bool stochastic = args.a.state_rounding == Rounding::stochastic;
-    store_any(p, args.a.rounding == Rounding::stochastic, noise, 0, t.param_type, s, t.param);
+    store_weight(p, args.a.rounding == Rounding::stochastic, noise, t.param_type, master, s,
+                 t.param);
     if (amsgrad) store_any(v_max, stochastic, noise, 3, t.max_type, s, t.max_exp_avg_sq);
     if (!codes) return;
 #pragma unroll
@@ -68,7 +71,8 @@ struct AdamWBody {
     const float sign = a.maximize ? -shared.inv_scale : shared.inv_scale;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float grad = g[i] * sign;
+      const float own = g[i] * sign;
+      const float grad = a.coupled_decay != 0.0f ? own + p[i] * a.coupled_decay : own;
       const float first = canonical_nan(m[i] + (grad - m[i]) * a.one_minus_beta1);
       const float second = canonical_nan(v[i] + (grad * grad - v[i]) * a.one_minus_beta2);
       float used = second;

@@ -29,10 +29,11 @@ void define_table(py::module_& m, const char* name) {
   using Table = cuda::UpdateTable<Tensor>;
   py::class_<Table>(m, name, py::module_local())
       .def(py::init([](uintptr_t tensors, uintptr_t steps, uintptr_t first_run, uintptr_t scalars,
-                       uintptr_t shared, int64_t count, int64_t runs) {
+                       uintptr_t shared, uintptr_t masters, int64_t count, int64_t runs) {
         return Table{pointer<Tensor>(tensors),       pointer<float* const>(steps),
                      pointer<const int64_t>(first_run), pointer<AdamWScalars>(scalars),
-                     pointer<cuda::UpdateScalars>(shared), count, runs};
+                     pointer<cuda::UpdateScalars>(shared), pointer<const MasterWeight>(masters),
+                     count, runs};
       }));
 }
 
@@ -171,10 +172,12 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
       "adamw",
       [](const cuda::Place& place, const cuda::UpdateClock& clock,
          const cuda::UpdateTable<AdamWTensor>& table, float one_minus_beta1, float one_minus_beta2,
-         float eps, bool maximize, int rounding, int state_rounding, uint64_t seed) {
+         float eps, bool maximize, int rounding, int state_rounding, uint64_t seed,
+         float coupled_decay) {
         cuda::adamw(place,
                     {nullptr, nullptr, 0, one_minus_beta1, one_minus_beta2, eps, 0.0f, 0.0f,
-                     maximize, Rounding(rounding), Rounding(state_rounding), seed, 0},
+                     maximize, Rounding(rounding), Rounding(state_rounding), seed, 0, coupled_decay,
+                     nullptr},
                     clock, table);
       },
       Release());
@@ -186,7 +189,7 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
          uint64_t seed) {
         cuda::sgd(place,
                   {nullptr, 0, 0.0f, momentum, one_minus_dampening, weight_decay, 0.0f, nesterov,
-                   maximize, Rounding(rounding), Rounding(state_rounding), seed, 0},
+                   maximize, Rounding(rounding), Rounding(state_rounding), seed, 0, nullptr},
                   clock, table);
       },
       Release());

@@ -41,7 +41,7 @@ void transpose_codes(const Place& place, const int8_t* x, int64_t M, int64_t N, 
 struct UpdateClock {
   double lr;
   const double* lr_pointer;  // instead of lr, or null
-  double weight_decay;
+  double weight_decay;       // decoupled
   double beta1, beta2;       // 0 where there is none
   const float* grad_scale;   // [1] or null
   const float* found_inf;    // [1] or null: not 0 means that nothing changes
@@ -60,7 +60,12 @@ struct UpdateTable {
   const int64_t* first_run;  // [count + 1]: number of the tensor's first run of 256 elements
   AdamWScalars* scalars;     // [count]
   UpdateScalars* shared;     // [1]
+  const MasterWeight* masters;  // [count] or null
   int64_t count, runs;
+
+  LOWP_HD_MEMBER MasterWeight master_of(int64_t tensor) const {
+    return masters == nullptr ? MasterWeight{nullptr, int64_t(Master::none)} : masters[tensor];
+  }
 };
 
 void adamw(const Place& place, const AdamWArgs& args, const UpdateClock& clock,

@@ -29,15 +29,16 @@ struct SgdBody {
     if (t.step == 0 || s.to == 0) return;
     const bool codes = t.state_type == int64_t(State::codes), has_momentum = t.momentum != nullptr;
     float p[16], g[16];
-    load_floats<16>(t.param, Float(t.param_type), s, vector_aligned(t.param, s), p);
+    const MasterWeight master = args.table.master_of(r.tensor);
+    load_weight(t.param, t.param_type, master, s, p);
     load_floats<16>(t.grad, Float(t.grad_type), s, vector_aligned(t.grad, s), g);
     if (has_momentum) {
       const float scale = codes ? t.momentum_scale[r.block] : 0.0f;
       load_signed(t.momentum, scale, t.state_type, s, mine.momentum);
     }
     update(args.a, *args.table.shared, has_momentum, t.step == 1, g, p, mine.momentum);
-    store_any(p, args.a.rounding == Rounding::stochastic, noise_of(args, t, s), 0, t.param_type, s,
-              t.param);
+    store_weight(p, args.a.rounding == Rounding::stochastic, noise_of(args, t, s), t.param_type,
+                 master, s, t.param);
     if (!codes || !has_momentum) return;
 #pragma unroll
     for (int i = 0; i < 16; ++i) mine.momentum[i] = s.holds(i) ? mine.momentum[i] : 0.0f;

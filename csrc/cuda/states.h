@@ -6,6 +6,7 @@
 #include "cuda/groups.h"
 #include "cuda/noise.h"
 #include "numerics/codec.h"
+#include "numerics/master.h"
 
 namespace lowp {
 namespace cuda {
@@ -88,6 +89,53 @@ LOWP_HD void store_any(const float* x, bool stochastic, const StateNoise& noise,
   uint32_t draws[16];
   noise.fill(role, draws);
   store_floats<16>(x, draws, Float(type), s, aligned, out);
+}
+
+// A weight with what its master adds. The master of a remainder is read as bf16, for its bits.
+LOWP_HD void load_weight(const void* param, int64_t type, const MasterWeight& master, const Span& s,
+                         float* x) {
+  load_floats<16>(param, Float(type), s, vector_aligned(param, s), x);
+  if (master.kind == int64_t(Master::none)) return;
+  const bool remainder = master.kind == int64_t(Master::remainder);
+  float rest[16];
+  load_floats<16>(master.data, remainder ? Float::bf16 : Float(type), s,
+                  vector_aligned(master.data, s), rest);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t high = static_cast<uint16_t>(float_bits(x[i]) >> 16);
+    const uint16_t low = static_cast<uint16_t>(float_bits(rest[i]) >> 16);
+    x[i] = remainder ? join_parts(high, low) : x[i] + rest[i];
+  }
+}
+
+// With Kahan's compensation (Zamirai et al., "Revisiting BFloat16 training", 2020, section 3) the
+// weight is rounded to nearest, and the draws belong to what that loses. A weight that became Inf
+// loses nothing.
+LOWP_HD void store_weight(const float* x, bool stochastic, const StateNoise& noise, int64_t type,
+                          const MasterWeight& master, const Span& s, void* param) {
+  if (master.kind == int64_t(Master::none)) {
+    return store_any(x, stochastic, noise, 0, type, s, param);
+  }
+  if (master.kind == int64_t(Master::remainder)) {
+    uint32_t high[16], low[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      high[i] = high_part(x[i]);
+      low[i] = low_part(x[i]);
+    }
+    store_halves<16>(high, s, vector_aligned(param, s), param);
+    store_halves<16>(low, s, vector_aligned(master.data, s), master.data);
+    return;
+  }
+  store_any(x, false, noise, 0, type, s, param);
+  float lost[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float kept = half_to_float(float_to_half(x[i], Float(type), kToNearest), Float(type));
+    const float rest = canonical_nan(x[i] - kept);
+    lost[i] = (float_bits(kept) & 0x7FFFFFFFu) == 0x7F800000u ? 0.0f : rest;
+  }
+  store_any(lost, stochastic, noise, 0, type, s, master.data);
 }
 
 // x: a first moment, or the square root of a second one; kSigned tells which. scale: state_scale of

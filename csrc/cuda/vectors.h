@@ -118,6 +118,27 @@ LOWP_HD uint32_t float_to_half(float x, Float type, uint32_t draw) {
   return draw == kToNearest ? float_to_fp16_rn(x) : float_to_fp16_sr(x, draw);
 }
 
+// The bit patterns of 16-bit elements, inside of the span.
+template <int kSize>
+LOWP_HD void store_halves(const uint32_t* bits, const Span& s, bool aligned, void* y) {
+  assume_global(y);
+  uint16_t* p = static_cast<uint16_t*>(y) + s.begin;
+  if (aligned && is_whole<kSize>(s)) {
+#pragma unroll
+    for (int i = 0; i < kSize / 8; ++i) {
+      Words v;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v.w[j] = bits[8 * i + 2 * j] | bits[8 * i + 2 * j + 1] << 16;
+      store_words(p + 8 * i, v);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (s.holds(i)) p[i] = static_cast<uint16_t>(bits[i]);
+  }
+}
+
 // y[s.begin + i] = values[i] rounded once, inside of the span; draws: null for nearest.
 template <int kSize>
 LOWP_HD void store_floats(const float* values, const uint32_t* draws, Float type, const Span& s,
@@ -147,21 +168,7 @@ LOWP_HD void store_floats(const float* values, const uint32_t* draws, Float type
 #pragma unroll
     for (int i = 0; i < kSize; ++i) bits[i] = float_to_half(values[i], type, draws[i]);
   }
-  uint16_t* p = static_cast<uint16_t*>(y) + s.begin;
-  if (aligned && is_whole<kSize>(s)) {
-#pragma unroll
-    for (int i = 0; i < kSize / 8; ++i) {
-      Words v;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v.w[j] = bits[8 * i + 2 * j] | bits[8 * i + 2 * j + 1] << 16;
-      store_words(p + 8 * i, v);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (s.holds(i)) p[i] = static_cast<uint16_t>(bits[i]);
-  }
+  store_halves<kSize>(bits, s, aligned, y);
 }
 
 // 16 bytes as integers, 0 outside of the span; signed or unsigned by the type of x.

@@ -74,7 +74,8 @@ class SqnrFallback:
             layers[name].recipe = self._own.pop(name)  # type: ignore[assignment]
         if step % self.every == 0:
             for name, layer in layers.items():
-                self._watch(name, layer)
+                if hasattr(layer, "weight"):  # not an LSTM or experts, which have several
+                    self._watch(name, layer)
         return [{"layer": name, "recipe": layers[name].recipe.name}  # type: ignore[union-attr]
                 for name in back]
 

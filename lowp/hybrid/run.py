@@ -274,7 +274,7 @@ def _page(name: str, summary: dict[str, Any]) -> str:
     rows = {
         "outcome": f"{summary['outcome']} after {summary['steps']} steps",
         "steps not applied": summary["skipped_steps"],
-        **{f"held-out {key}": f"{value:.4f}" for key, value in heldout.items()},
+        **{f"held-out {key}": f"{float(value):.4f}" for key, value in heldout.items()},
         f"best {measured}": f"{summary['best'].get(metric, math.nan):.4f} "
                             f"at step {summary['best'].get('step', '-')}",
         "seconds a step (median)": "-" if seconds is None else f"{seconds:.4f}",

@@ -165,7 +165,8 @@ def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _T
           exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
           steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float, eps: float,
           maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
-          offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+          offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+          coupled: bool = False, masters: _Tensors | None = None) -> None:
     if not params:
         return
     extension, place, device = device_table.extension_for(params)
@@ -174,7 +175,7 @@ def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _T
         return
     grads = [g.contiguous() for g in grads]
     maxima = [m.contiguous() for m in max_exp_avg_sqs]
-    rows, runs = [], []
+    rows, runs, extras = [], [], []
     with update.contiguous_params(params) as work:
         for i, (p, m, v) in enumerate(zip(work, exp_avgs, exp_avg_sqs, strict=True)):
             shape, state_type = device_table.matrix_of(p), update.STATE_TYPES[m.dtype]
@@ -185,13 +186,16 @@ def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _T
                 FLOATS[grads[i].dtype], state_type, FLOATS[maxima[i].dtype] if maxima else 0, 0,
                 tensors[i], offsets[i],
             ))
+            if masters:
+                extras.append(struct.pack("<2q", *update.master_row(masters, i)))
             runs.append(device_table.runs_of(*shape, state_type))
-        table, _memory = device_table.upload(rows, counts.steps, runs, device)
-        clock, _owners = device_table.clock_of(device, lr, weight_decay, (beta1, beta2), grad_scale,
+        table, _memory = device_table.upload(rows, counts.steps, runs, device, extras)
+        decay, coupled_decay = (0.0, weight_decay) if coupled else (weight_decay, 0.0)
+        clock, _owners = device_table.clock_of(device, lr, decay, (beta1, beta2), grad_scale,
                                                found_inf)
         extension.adamw(
             place, clock, extension.AdamWTable(*table), 1 - beta1, 1 - beta2, eps, maximize,
-            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1), coupled_decay,
         )
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():

@@ -76,7 +76,7 @@ def clock_of(device: torch.device, lr: Tensor, weight_decay: float, betas: Seque
 
 
 def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
-           device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+           device: torch.device, masters: Sequence[bytes]) -> tuple[tuple[int, ...], Tensor]:
     """A table of tensors in device memory, and the addresses of its parts.
 
     A table whose bytes were seen before on the same stream is used again. While a graph is captured
@@ -86,15 +86,17 @@ def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
         rows: a packed ``AdamWTensor`` or ``SgdTensor`` each.
         steps: of the same tensors.
         runs: their numbers of runs.
+        masters: a packed ``MasterWeight`` each, or none.
 
     Returns:
-        (tensors, steps, first_run, scalars, shared, count, runs), as the kernels take them; and the
-        memory.
+        (tensors, steps, first_run, scalars, shared, masters, count, runs) as the kernels take them;
+        and the memory.
     """
     count, place = len(rows), cuda_place(steps[0])
     first = [0, *itertools.accumulate(runs)]
     parts = [b"".join(rows), struct.pack(f"<{count}Q", *[s.data_ptr() for s in steps]),
-             struct.pack(f"<{count + 1}q", *first), bytes(8 * count), bytes(16)]
+             struct.pack(f"<{count + 1}q", *first), bytes(8 * count), bytes(16),
+             b"".join(masters)]
     content = b"".join(parts)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -108,8 +110,10 @@ def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
         _kept[key] = memory
         if len(_kept) > _KEPT:
             del _kept[next(iter(_kept))]
-    starts = [0, *itertools.accumulate(map(len, parts))][:5]
+    starts = [0, *itertools.accumulate(map(len, parts))][:6]
     addresses = [memory.data_ptr() + start for start in starts]
+    if not masters:
+        addresses[5] = 0
     return (*addresses, count, first[-1]), memory
 
 

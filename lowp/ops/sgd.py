@@ -135,7 +135,8 @@ def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentu
           steps: _Tensors, lr: Tensor, momentum: float, dampening: float, weight_decay: float,
           nesterov: bool, maximize: bool, rounding: str, state_rounding: str, seed: int,
           tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
-          found_inf: Tensor | None) -> None:
+          found_inf: Tensor | None,
+          masters: _Tensors | None = None) -> None:
     if not params:
         return
     extension, place, device = device_table.extension_for(params)
@@ -143,7 +144,7 @@ def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentu
     if counts.skipped:
         return
     grads = [g.contiguous() for g in grads]
-    rows, runs = [], []
+    rows, runs, extras = [], [], []
     with update.contiguous_params(params) as work:
         for i, p in enumerate(work):
             shape, state = device_table.matrix_of(p), (0, 0, 0)
@@ -155,8 +156,10 @@ def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentu
                 "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *shape, FLOATS[p.dtype],
                 FLOATS[grads[i].dtype], state[2], 0, tensors[i], offsets[i],
             ))
+            if masters:
+                extras.append(struct.pack("<2q", *update.master_row(masters, i)))
             runs.append(device_table.runs_of(*shape, state[2]))
-        table, _memory = device_table.upload(rows, counts.steps, runs, device)
+        table, _memory = device_table.upload(rows, counts.steps, runs, device, extras)
         clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
         extension.sgd(
             place, clock, extension.SgdTable(*table), momentum, 1 - dampening, weight_decay,
