@@ -108,7 +108,8 @@ class NinjaBuild(build_ext):
             reason = " ".join(str(error).split()) or type(error).__name__
             required = os.environ.get("LOWP_REQUIRE_NATIVE") == "1"
             if required and (not is_cuda or os.environ.get("LOWP_CUDA") == "1"):
-                raise CompileError(
+                # setuptools only warns of a CompileError of an optional extension
+                raise RuntimeError(
                     f"LOWP_REQUIRE_NATIVE=1 and the build failed: {reason}") from error
             rest = "" if is_cuda else ", installing pure Python"
             print(f"\n*** lowp: {label} KERNELS NOT BUILT{rest}: {reason} ***\n", file=sys.stderr,
