@@ -87,10 +87,11 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         self.recorded: dict[str, object] = {}
+        self.in_source = bool(self.editable_mode or self.inplace)  # run() clears inplace
         reason = cuda_build.refusal()
         if reason:
             self.note("cuda", False, f"the CUDA kernels were not built: {reason}")
-            if self.editable_mode or self.inplace:
+            if self.in_source:
                 for stale in (ROOT / "lowp").glob("_cuda*.so"):
                     stale.unlink()
         super().run()
@@ -125,7 +126,7 @@ class NinjaBuild(build_ext):
     def keep_record(self, record: Path) -> None:
         """An editable install reads the record from the source tree, as it does the binary."""
         record.write_text(json.dumps(self.recorded) + "\n")
-        if self.editable_mode or self.inplace:
+        if self.in_source:
             source = ROOT / "lowp" / record.name
             if source != record:
                 shutil.copyfile(record, source)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import lowp
+from lowp.doctor import cpu_model
 from lowp.native import cpu_extension
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -39,20 +40,13 @@ def interleaved(candidates: Candidates, rounds: int = 30, warmup: int = 3) -> di
     return {name: median(values) for name, values in times.items()}
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def environment() -> dict[str, Any]:
     """The machine, the versions and the commit that a result belongs to."""
     root = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     extension = cpu_extension()
     return {
-        "device": _cpu_model(),
+        "device": cpu_model(),
         "threads": torch.get_num_threads(),
         "instruction_set": extension.isa(),
         "cpu_features": extension.cpu_features(),

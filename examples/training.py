@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import lowp
+from lowp.doctor import cpu_model
 from lowp.hybrid.random import permutation
-from lowp.hybrid.run import bytes_per_parameter, device_name
+from lowp.hybrid.run import bytes_per_parameter
 from lowp.hybrid.trainer import learning_rate
 from lowp.key import clock
 
@@ -124,7 +125,7 @@ def finish(name: str, metrics: Mapping[str, Any], arguments: argparse.Namespace)
     """Print the result, and write it where ``--out`` says."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()
                 if k != "out"}
-    result = {"application": name, **metrics, "settings": settings, "device": device_name(),
+    result = {"application": name, **metrics, "settings": settings, "device": cpu_model(),
               "threads": torch.get_num_threads(),
               "versions": {"lowp": lowp.__version__, "torch": str(torch.__version__),
                            "python": platform.python_version()}}

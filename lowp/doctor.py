@@ -38,7 +38,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU's model as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -131,7 +132,7 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "executable": sys.executable,
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "logical_cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "features": [] if extension is None else list(extension.cpu_features()),

@@ -14,8 +14,9 @@ import torch
 from rich.table import Table
 
 import lowp
+from lowp.doctor import cpu_model
 from lowp.hybrid import config, curves, objective_config, ranks
-from lowp.hybrid.run import RunError, RunFolder, device_name
+from lowp.hybrid.run import RunError, RunFolder
 
 Summary = dict[str, Any]
 Train = Callable[[str, RunFolder], Summary]
@@ -160,7 +161,7 @@ def compare(settings: config.Config, seeds: Sequence[int], out: Path, results: P
     data = summary["data"]
     report = {
         "environment": {
-            "device": device_name(), "threads": torch.get_num_threads(),
+            "device": cpu_model(), "threads": torch.get_num_threads(),
             "lowp": lowp.__version__, "torch": str(torch.__version__),
             "python": platform.python_version(),
         },

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lowp
+from lowp.doctor import cpu_model
 from lowp.hybrid.config import Config, ConfigError, read_yaml, resolve
 
 Record = dict[str, Any]
@@ -154,17 +155,6 @@ def bytes_per_parameter(model: nn.Module, optimizer: Optimizer) -> BytesPerParam
     return BytesPerParameter(weights, gradients, kept)
 
 
-def device_name() -> str:
-    """The CPU's model as the system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 class RunFolder:
     """The folder of one run.
 
@@ -252,7 +242,7 @@ class RunFolder:
             "bytes_per_parameter": {**memory._asdict(), "total": memory.total},
             "parameters": parameters,
             "data": extra,
-            "device": device_name(),
+            "device": cpu_model(),
             "threads": torch.get_num_threads(),
             "versions": {"lowp": lowp.__version__, "torch": str(torch.__version__),
                          "python": platform.python_version()},
