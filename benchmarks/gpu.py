@@ -66,7 +66,8 @@ def test() -> dict[str, Any]:
     """The tests that need a GPU."""
     report = RESULTS / "gpu_test.xml"
     status, text = _run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py",
-                         f"--junitxml={report}", "-o", "junit_family=xunit2"], LIMIT)
+                         "tests/test_device_kernels.py", f"--junitxml={report}", "-o",
+                         "junit_family=xunit2"], LIMIT)
     cases = list(_cases(report)) if report.exists() else []
     report.unlink(missing_ok=True)
     counts = {o: sum(c[1] == o for c in cases) for o in ("passed", "failure", "error", "skipped")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from lowp import native
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device type -> what is tried, best first
+TRITON_VERSION = (3, 6)  # the oldest that the kernels are compiled with
 
 
 class BackendStatus(NamedTuple):
@@ -52,8 +54,29 @@ def _cuda_reason() -> str:
     return _cuda_device_reason(native.cuda.archs)
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_version() -> str:
+    """The installed Triton's version; empty without one."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _triton_reason() -> str:
-    return "lowp has no Triton kernels in this version"
+    version = _triton_version()
+    if not version:
+        return "triton is not installed"
+    if tuple(map(int, version.split(".")[:2])) < TRITON_VERSION:
+        return f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
+    if interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return ""
+    return "no GPU, and TRITON_INTERPRET=1 is not set"
 
 
 def _reason(name: str) -> str:
@@ -113,6 +136,18 @@ def forced() -> str | None:
     return _checked(name, "LOWP_BACKEND") if name else None
 
 
+def _unfit(name: str, device: torch.device) -> str:
+    """Why a backend that runs here does not take tensors on ``device``; empty where it does."""
+    if name == "cpu" and device.type != "cpu":
+        return f"it takes CPU tensors, not {device.type} ones"
+    if name == "cuda" and device.type != "cuda":
+        return f"it takes CUDA tensors, not {device.type} ones"
+    if name == "triton" and (device.type == "cpu") != interpreted():
+        return ("TRITON_INTERPRET=1 interprets it, on CPU tensors alone" if interpreted() else
+                "it takes CPU tensors under TRITON_INTERPRET=1 only")
+    return ""
+
+
 class Choice(NamedTuple):
     """The backend that runs an op, and those before it with the reason of refusal."""
 
@@ -132,14 +167,17 @@ def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
     if wanted is not None:
         if wanted not in implemented:
             raise BackendError(f"lowp::{op}: no {wanted} kernel; it has {', '.join(implemented)}")
-        if wanted in ("cpu", "cuda") and device.type != wanted:
+        unfit = _unfit(wanted, device)
+        if unfit:
             raise BackendError(
-                f"lowp::{op}: backend {wanted!r} was asked for a {device.type} tensor"
+                f"lowp::{op}: backend {wanted!r} was asked for a {device.type} tensor: {unfit}"
             )
         return Choice(wanted, [])
     refused: list[tuple[str, str]] = []
     for name in ORDER.get(device.type, ("triton",)):
-        reason = _reason(name) or ("" if name in implemented else f"{op} has no {name} kernel")
+        reason = _reason(name) or _unfit(name, device)
+        if not reason and name not in implemented:
+            reason = f"{op} has no {name} kernel"
         if not reason:
             return Choice(name, refused)
         refused.append((name, reason))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 OPTIONAL = ("triton", "numpy", "safetensors", "tokenizers", "transformers", "datasets")
 VARIABLES = ("LOWP_BACKEND", "LOWP_STRICT", "LOWP_CPU_ISA", "LOWP_REQUIRE_NATIVE",
-             "OMP_NUM_THREADS")
+             "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 
 def _version(package: str) -> str | None:

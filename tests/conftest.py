@@ -8,8 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: interpret its kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from lowp import native
+from lowp.backend import status
 from lowp.key import clock
+from tests.targets import Target
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -41,6 +46,39 @@ def _forced(name: str) -> Iterator[str]:
     extension.set_isa(name)
     yield name
     extension.set_isa(before)
+
+
+TARGETS = {
+    "triton interpreted": Target("triton", "cpu"), "triton": Target("triton", "cuda"),
+    "cuda": Target("cuda", "cuda"),
+}
+
+
+def _target(name: str) -> Target:
+    found = TARGETS[name]
+    reason = {entry.name: entry.reason for entry in status()}[found.backend]
+    if found.device == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA GPU"
+    elif found.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "the kernels run on the GPU of this machine"
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return found
+
+
+_ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
+
+
+@pytest.fixture(params=["triton interpreted", *_ON_GPU])
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each family of device kernels: Triton interpreted on CPU tensors, and both on a GPU."""
+    return _target(request.param)
+
+
+@pytest.fixture(params=_ON_GPU)
+def gpu_target(request: pytest.FixtureRequest) -> Target:
+    """Both families on a GPU, for what an interpreter cannot show."""
+    return _target(request.param)
 
 
 @pytest.fixture(params=(1, 2, 3))

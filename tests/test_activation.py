@@ -10,17 +10,12 @@ import torch
 import lowp
 from lowp.ops.activation_grad import activation_grad
 from lowp.reference import activation as reference
-from tests import tolerances
-from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests import cases, tolerances
+from tests.targets import CPU
+from tests.tensors import FLOATS, same_bits, strided_forms
 
 SMOOTH = ("gelu", "gelu_tanh", "silu")
 ALL = ("none", "relu", *SMOOTH)
-
-
-def inputs() -> torch.Tensor:
-    """Every sign and exponent with many mantissas, a fine grid where functions bend, specials."""
-    grid = torch.linspace(-20, 20, 200_001)
-    return torch.cat([grid, random_bits(200_000), special_values()])
 
 
 def exact(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -44,7 +39,7 @@ def test_exp():
 
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_accuracy(activation):
-    x = inputs()
+    x = cases.activation_inputs(200_000)
     x = x[x.isfinite()]
     y, want = reference.activate(x, activation), exact(x, activation)
     scale = torch.maximum(want.abs(), x.double().abs() * tolerances.UNIT)
@@ -73,14 +68,8 @@ def test_limits(activation):
 @pytest.mark.parametrize("activation", ALL)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kernel_equals_reference(isa, dtype, activation):
-    z = torch.cat([inputs(), torch.randn(100_001) * 4]).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(z.shape, generator=generator).to(dtype)
-    dy[::97] = special_values().to(dtype).repeat(z.numel() // 97 + 1)[: dy[::97].numel()]
-    with lowp.backend("reference"):
-        want = activation_grad(dy, z, activation)
-    with lowp.backend("cpu"):
-        assert same_bits(activation_grad(dy, z, activation), want)
+    for op, args in cases.activation_grad_calls(dtype, activation, 200_000):
+        cases.assert_bits(CPU, op, *args)
 
 
 @pytest.mark.parametrize("activation", ALL)

@@ -18,6 +18,7 @@ from lowp.ops.activation_grad import activation_grad
 from lowp.ops.library import OPS
 from lowp.ops.scaled_mm import scaled_mm
 from tests import (
+    cases,
     cuda_host,
     test_activation,
     test_bias_grad,
@@ -26,6 +27,7 @@ from tests import (
     test_quantize,
     test_scaled_mm,
 )
+from tests.targets import CPU
 from tests.tensors import FLOATS, random_bits, special_values
 from tests.updates import assert_equal
 
@@ -75,9 +77,9 @@ def test_quantize_shapes(grids: None, granularity: str, rounding: str) -> None:
     for shape in ((2, 20_000), (3, 16_384), (64, 512), (128, 256), (1, 4096), (70, 48), (16, 16)):
         x = torch.randn(shape)  # whole vectors, and rows beyond what a block of threads holds
         for dtype, block in itertools.product(FLOATS, (16, 64, 128, 1000)):
-            test_quantize.assert_equal(OPS["quantize"], x.to(dtype), granularity, block, rounding,
-                                       1, torch.tensor(2), 3, 4, 16)
-        test_quantize.assert_equal(OPS["quantize_row_col"], x, rounding, 1, None, 2, 6, 7, 8)
+            cases.assert_bits(CPU, OPS["quantize"], x.to(dtype), granularity, block, rounding, 1,
+                              torch.tensor(2), 3, 4, 16)
+        cases.assert_bits(CPU, OPS["quantize_row_col"], x, rounding, 1, None, 2, 6, 7, 8)
 
 
 @pytest.mark.parametrize("granularity", test_quantize.GRANULARITIES)
@@ -149,8 +151,8 @@ def test_products(kernels: None) -> None:
 def test_turned_codes(grids: None) -> None:
     """Operands that lie across the summed dimension, in tiles whole and cut."""
     for rows, depth in itertools.product((1, 16, 64, 65, 130), (1, 16, 128, 129, 300)):
-        a = test_scaled_mm.codes(depth, rows).t()
-        test_scaled_mm.assert_bits(a, test_scaled_mm.codes(depth, 3).t(), torch.rand(rows),
+        a = cases.codes(depth, rows).t()
+        test_scaled_mm.assert_bits(a, cases.codes(depth, 3).t(), torch.rand(rows),
                                    torch.rand(3), None, "none", torch.float32, False)
 
 

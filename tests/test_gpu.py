@@ -1,288 +1,222 @@
-"""On a GPU: every op of every backend that runs there, over the case lists of the CPU kernels, bit
-for bit.
+"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its NaN.
+
+Together with the cases of tests/test_device_kernels.py on a GPU::
 
     pytest -m gpu
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import lowp
-from lowp.backend import status
-from lowp.ops import product
+from lowp.ops.activation_grad import activation_grad
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.dequantize import dequantize
-from lowp.ops.library import OPS
 from lowp.ops.linear import linear
 from lowp.ops.quantize import quantize
+from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
-from lowp.reference import quantize as reference
-from tests import (
-    test_activation,
-    test_bias_grad,
-    test_linear_op,
-    test_optim_ops,
-    test_quantize,
-    test_scaled_mm,
-)
+from lowp.ops.sgd import sgd
+from tests import cases, update_cases
+from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
+from tests.updates import cloned
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
-]
-EDGES = (1, 3, 7, 8, 15, 16, 17, 33, 129)
-
-
-@pytest.fixture(params=("cuda", "triton"))
-def device_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each GPU backend, forced."""
-    name = request.param
-    reason = next(entry.reason for entry in status() if entry.name == name)
-    if reason:
-        pytest.skip(f"backend {name}: {reason}")
-    with lowp.backend(name):
-        yield name
-
-
-def to_device(x: Any) -> Any:
-    """A tensor on the GPU with the strides and the storage offset that it has here."""
-    if isinstance(x, list):
-        return [to_device(t) for t in x]
-    if not isinstance(x, Tensor):
-        return x
-    size = x.untyped_storage().nbytes() // max(x.element_size(), 1)
-    flat = x.detach().as_strided((size,), (1,), 0).cuda()
-    return flat.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def to_host(x: Any) -> Any:
-    return tuple(t.cpu() for t in x) if isinstance(x, tuple) else x if x is None else x.cpu()
-
-
-def write_back(here: Any, there: Any) -> None:
-    """What an op changed in place, into the tensors of the test."""
-    for mine, other in zip(here, there, strict=True):
-        if isinstance(mine, list):
-            write_back(mine, other)
-        elif isinstance(mine, Tensor) and mine.numel() and 0 not in mine.stride():
-            mine.detach().copy_(other.cpu())
+pytestmark = pytest.mark.gpu
+FAR = 2**31 + 4096  # elements: an int32 offset wraps
 
 
 @pytest.fixture
-def kernels(device_backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The GPU kernels in the place of the CPU's, behind copies there and back."""
-    def behind_copies(kernel: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            moved = [to_device(list(a) if isinstance(a, tuple) else a) for a in args]
-            result = kernel(*moved)
-            torch.cuda.synchronize()
-            if in_place:
-                write_back(args, moved)
-            return to_host(result)
-
-        return run
-
-    for name, op in OPS.items():
-        if device_backend in op.kernels:
-            kernel = op.kernels[device_backend]
-            replaced = behind_copies(kernel, name in test_optim_ops.OPS)
-            monkeypatch.setitem(op.kernels, "cpu", replaced)
-    monkeypatch.setattr("lowp.backend._forced", ["cpu"])
-    return device_backend
+def far() -> None:
+    """Free GPU memory for what the tests beyond 2^31 elements hold."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("20 GiB of GPU memory are not free")
 
 
-@pytest.mark.parametrize("rounding", test_quantize.ROUNDINGS)
-@pytest.mark.parametrize("granularity", test_quantize.GRANULARITIES)
-def test_quantize_and_back(kernels: str, granularity: str, rounding: str) -> None:
-    for dtype in FLOATS:
-        test_quantize.test_kernel_equals_reference(None, dtype, granularity, rounding)
-        test_quantize.test_dequantize_every_code(None, granularity, dtype)
-    test_quantize.test_shapes_strides_and_threads(None, None, granularity, rounding)
-
-
-@pytest.mark.parametrize("activation", test_activation.ALL)
-def test_activation_grad(kernels: str, activation: str) -> None:
-    for dtype in FLOATS:
-        test_activation.test_kernel_equals_reference(None, dtype, activation)
-    test_activation.test_strides_threads_and_mixed_types(None, activation)
-
-
-def test_bias_grad_values(kernels: str) -> None:
-    for dtype in FLOATS:
-        test_bias_grad.test_kernel_equals_reference(None, dtype)
-    test_bias_grad.test_strides_and_threads(None, None)
-
-
-@pytest.mark.parametrize("kind", test_optim_ops.STATES, ids=str)
-@pytest.mark.parametrize("name", ("adamw", "sgd"))
-def test_updates(kernels: str, name: str, kind: object) -> None:
-    for dtype in FLOATS:
-        test_optim_ops.test_kernel_equals_reference(None, name, dtype, kind)
-    test_optim_ops.test_special_values(None, name, kind)
-
-
-def test_update_options(kernels: str) -> None:
-    test_optim_ops.test_options(None)
-    for name in ("adamw", "sgd"):
-        test_optim_ops.test_found_inf_changes_nothing(name)
-        test_optim_ops.test_strides_and_empty_neighbours(name)
-
-
-@pytest.mark.parametrize("activation", product.ACTIVATIONS)
-def test_epilogues(kernels: str, activation: str) -> None:
-    test_scaled_mm.test_epilogue(None, activation)
-    for dtype in FLOATS:
-        test_linear_op.test_epilogue_is_exact(None, None, dtype, activation)
-
-
-def test_products_of_all_layouts(kernels: str) -> None:
-    test_scaled_mm.test_strides_offsets_and_empty(None)
-    test_scaled_mm.test_large_shapes_and_the_largest_sums(None)
-    for dtype in FLOATS:
-        test_linear_op.test_strides_and_empty(None, dtype)
-        test_linear_op.test_products_inside_the_bound(None, None, dtype)
-
-
-def test_int8_sums_of_odd_shapes(device_backend: str) -> None:
-    pool = test_scaled_mm.codes(129, 129).cuda()
-    wide, one = pool.double(), torch.ones(1, device="cuda")
-    for m, n, k in itertools.product(EDGES, repeat=3):
-        y = scaled_mm(pool[:m, :k], pool[:n, :k], one, one, None, "none", torch.float32, False)[0]
-        assert torch.equal(y.double(), wide[:m, :k] @ wide[:n, :k].t()), (m, n, k)
+def quantize_on(x: torch.Tensor, granularity: str, step: torch.Tensor):
+    return quantize(x, granularity, 64, "stochastic", 1, step, 2, 4, 0)
 
 
 @pytest.mark.parametrize("shape", ((1024, 4096, 512), (300, 520, 4096), (4096, 4096, 256),
                                    (16, 4096, 4096)))
-def test_tiles_of_every_size(device_backend: str, shape: tuple[int, int, int]) -> None:
+def test_tiles_of_every_size(gpu_target: Target, shape):
     """Shapes that take each of the tiles; integers, so that every sum is exact in any order."""
     m, n, k = shape
-    a, b = test_scaled_mm.codes(m, k).cuda(), test_scaled_mm.codes(n, k).cuda()
-    row, col = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
+    a, b = cases.codes(m, k), cases.codes(n, k)
     for out in FLOATS:
-        arguments = (a, b, row, col, torch.randn(n, device="cuda"), "gelu", out, True)
-        got = to_host(scaled_mm(*arguments))
-        on_host = [t.cpu() if isinstance(t, Tensor) else t for t in arguments]
-        assert all(map(same_bits, got, OPS["scaled_mm"].kernels["reference"](*on_host)))
+        cases.assert_bits(gpu_target, scaled_mm, a, b, torch.rand(m), torch.rand(n), torch.randn(n),
+                          "gelu", out, True)
     for dtype in (torch.bfloat16, torch.float16):
         x, w = (a % 4).to(dtype), (b % 4).to(dtype)
+        want = (x.cuda().double() @ w.cuda().double().t()).float().cpu()
         for left, right in ((x, w), (x, w.t().contiguous().t()),
                             (x.t().contiguous().t(), w.t().contiguous().t())):
-            y = linear(left, right, None, "none", torch.float32, False)[0]
-            assert torch.equal(y.double(), x.double() @ w.double().t())
+            y = gpu_target.run(linear, left, right, None, "none", torch.float32, False)[0]
+            assert torch.equal(y, want)
 
 
-def test_side_stream_behind_a_busy_one(device_backend: str) -> None:
-    """Kernels run on torch's current stream: the result waits for what is queued there before."""
-    x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
-    want = quantize(x, "row", 0, "nearest", 0, None, 0, 4, 0)
-    side = torch.cuda.Stream()
-    target = torch.zeros_like(x)
+@pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
+def test_a_side_stream_behind_a_busy_kernel(gpu_target: Target, granularity):
+    """A launch on another stream than torch's current one would read x before it is written."""
+    x = torch.randn(512, 512)
+    want = REFERENCE.run(quantize_on, x, granularity, torch.tensor(3))
+    source, late = x.cuda(), torch.zeros(512, 512, device="cuda")
+    step, side = torch.tensor(3).cuda(), torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(side):
+    with lowp.backend(gpu_target.backend), torch.cuda.stream(side):
+        quantize_on(late, granularity, step)  # compiled before the wait
         torch.cuda._sleep(200_000_000)
-        target.copy_(x)
-        got = quantize(target, "row", 0, "nearest", 0, None, 0, 4, 0)
+        late.copy_(source)
+        got = quantize_on(late, granularity, step)
     side.synchronize()
-    assert all(map(same_bits, got, want))
+    assert all(map(same_bits, moved(got, "cpu"), want))
 
 
-def test_graph_replays_draw_afresh(device_backend: str) -> None:
-    x = torch.rand(64, 512, device="cuda")
-    step = torch.ones((), dtype=torch.int64, device="cuda")
-    arguments = ("row", 0, "stochastic", 3, step, 5, 4, 0)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        quantize(x, *arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        codes, _ = quantize(x, *arguments)
+def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
+    x, step = torch.randn(64, 256), torch.ones((), dtype=torch.int64, device="cuda")
+    static = x.cuda()
+    with lowp.backend(gpu_target.backend):
+        quantize_on(static, "row", step)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.add_(1)
+            codes, _ = quantize_on(static, "row", step)
     seen = []
-    for now in (2, 3, 4):
-        step.fill_(now)
+    for replay in range(3):
         graph.replay()
-        torch.cuda.synchronize()
-        seen.append(codes.clone())
-        eager = reference.quantize(x.cpu(), "row", 0, "stochastic", 3, now, 5, 4, 0)[0]
-        assert torch.equal(codes.cpu(), eager)
+        seen.append(codes.cpu())
+        want = REFERENCE.run(quantize_on, x, "row", torch.tensor(replay + 2))
+        assert same_bits(seen[-1], want[0])
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-def test_graph_of_an_update_counts_on(device_backend: str) -> None:
-    """Replays advance the steps on the device, and each equals an eager update of its number."""
-    def case() -> dict[str, Any]:
-        torch.manual_seed(0)
-        params = [torch.randn(40, 300).bfloat16(), torch.randn(7, 5).bfloat16()]
-        made = test_optim_ops.adamw_case(params, [torch.randn(p.shape) for p in params], "int8")
-        moved = {key: to_device(value) for key, value in made.items()}
-        moved["steps"] = [torch.zeros((), device="cuda") for _ in params]
-        return moved
-
-    graphed, eager = case(), case()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        adamw(*case().values())
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        adamw(*graphed.values())
-    for now in (1, 2, 3):
+@pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name, kind):
+    """Three replays with a changing rate: steps, noise and lr are read on the device."""
+    op, make = update_cases.OPS[name]
+    params = [torch.randn(40, 256).bfloat16(), torch.randn(300).bfloat16()]
+    case = make(params, [torch.randn(p.shape) for p in params], kind,
+                found_inf=torch.tensor(0.0), grad_scale=torch.tensor(2.0))
+    device = dict(zip(case, moved(list(cloned(case).values()), "cuda"), strict=True))
+    rates = (3e-2, 1e-2, 2e-3)
+    with lowp.backend(gpu_target.backend):
+        op(*cloned(device).values())  # compiled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            op(*device.values())
+    for rate in rates:
+        device["lr"].fill_(rate)
         graph.replay()
-        adamw(*eager.values())
-        torch.cuda.synchronize()
-        assert [s.item() for s in graphed["steps"]] == [now, now]
-        assert all(map(same_bits, graphed["params"], eager["params"]))
-        assert all(map(same_bits, graphed["exp_avg_sqs"], eager["exp_avg_sqs"]))
+        lr = torch.tensor(rate, dtype=torch.float64)
+        case = update_cases.run(REFERENCE, op, {**case, "lr": lr})
+    for key, want in case.items():
+        if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
+            assert all(map(same_bits, moved(device[key], "cpu"), want)), key
 
 
-def test_more_than_two_to_the_31_elements(device_backend: str) -> None:
-    rows, cols = 2**20 + 1, 2048 + 16
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("20 GiB of GPU memory are not free")
-    x = torch.zeros(rows, cols, dtype=torch.bfloat16, device="cuda")
-    tail = torch.randn(3, cols).bfloat16()
-    x[-3:] = tail.cuda()
-    first = (rows - 3) * cols
-    codes, scale = quantize(x, "row", 0, "stochastic", 1, None, 2, 4, 0)
-    want = reference.quantize(tail, "row", 0, "stochastic", 1, 1, 2, 4, first)
-    assert torch.equal(codes[-3:].cpu(), want[0]) and torch.equal(scale[-3:].cpu(), want[1])
-    assert not codes[:-3].any()
-    y = dequantize(codes, scale, "row", 0, torch.bfloat16)
-    assert torch.equal(y[-3:].cpu(), dequantize_on_host(*want))
+def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
+    params, grads = [torch.randn(300).bfloat16()], [torch.randn(300)]
+    case = update_cases.sgd_case(params, grads, torch.bfloat16, found_inf=torch.tensor(0.0))
+    device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+    with lowp.backend(gpu_target.backend):
+        sgd(*cloned(device).values())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sgd(*device.values())
+    for found in (1.0, 0.0):
+        before, step = device["params"][0].clone(), device["steps"][0].item()
+        device["found_inf"].fill_(found)
+        graph.replay()
+        assert same_bits(device["params"][0].cpu(), before.cpu()) == (found == 1.0)
+        assert device["steps"][0].item() == step + 1 - found
 
 
-def dequantize_on_host(codes: Tensor, scale: Tensor) -> Tensor:
-    return (codes * scale).to(torch.bfloat16)
+@pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
+def test_beyond_2_31_elements(gpu_target: Target, far, granularity):
+    """The last rows, whose offsets no int32 holds, have the codes and scales they have alone."""
+    cols = 4096
+    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(2, cols).bfloat16()
+    x[-2:] = tail.cuda()
+    with lowp.backend(gpu_target.backend):
+        codes, scale = quantize_on(x, granularity, torch.tensor(3))
+        offset = (x.shape[0] - 2) * cols
+        back = dequantize(codes, scale, granularity, 64, torch.bfloat16)
+    want = REFERENCE.run(quantize, tail, granularity, 64, "stochastic", 1, torch.tensor(3), 2, 4,
+                         offset)
+    whole = scale if granularity in ("tensor", "column") else scale[-2:]
+    assert same_bits(codes[-2:].cpu(), want[0]) and same_bits(whole.cpu(), want[1])
+    again = REFERENCE.run(dequantize, want[0], want[1], granularity, 64, torch.bfloat16)
+    assert same_bits(back[-2:].cpu(), again)
 
 
-def test_the_gpu_s_own_nan(device_backend: str) -> None:
-    """0/0 gives the device's NaN, whose payload must not matter."""
-    zero = torch.zeros(4, 256, device="cuda")
+def test_turned_codes_beyond_2_31_elements(gpu_target: Target, far):
+    cols = 4096
+    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(2, cols).bfloat16()
+    x[-2:] = tail.cuda()
+    with lowp.backend(gpu_target.backend):
+        got = quantize_row_col(x, "nearest", 1, None, 2, 6, 7, 0)
+    want = REFERENCE.run(quantize_row_col, tail, "nearest", 1, None, 2, 6, 7, 0)
+    assert same_bits(got[0][-2:].cpu(), want[0]) and same_bits(got[1][-2:].cpu(), want[1])
+    assert same_bits(got[2][:, -2:].cpu(), want[2]) and same_bits(got[3].cpu(), want[3])
+
+
+def test_an_update_beyond_2_31_elements(gpu_target: Target, far):
+    p, g = (torch.zeros(FAR, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    tail, slope = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
+    p[-512:], g[-512:] = tail.cuda(), slope.cuda()
+    options = {"momentum_buffers": [], "momentum_scales": []}
+    case = update_cases.sgd_case([tail], [slope], torch.float32, offsets=[FAR - 512], **options)
+    want = update_cases.run(REFERENCE, sgd, case)
+    device = {**case, "params": [p], "grads": [g], "offsets": [0],
+              "steps": moved(case["steps"], "cuda"), "lr": case["lr"].cuda()}
+    with lowp.backend(gpu_target.backend):
+        sgd(*device.values())
+    assert same_bits(p[-512:].cpu(), want["params"][0])
+
+
+def test_the_gpu_s_own_nan(gpu_target: Target):
+    """0/0 on an NVIDIA GPU is 0x7FFFFFFF, which the usual stochastic rounding turns into -0."""
+    zero = torch.zeros(64, 256, device="cuda")
     nan = zero / zero
-    codes, scale = quantize(nan, "row", 0, "stochastic", 0, None, 0, 4, 0)
-    assert not codes.any() and scale.isnan().all()
-    assert bias_grad(nan).isnan().all()
-    case = {k: to_device(v) for k, v in test_optim_ops.adamw_case(
-        [torch.randn(4, 256).bfloat16()], [torch.ones(4, 256)], torch.bfloat16).items()}
-    case["grads"] = [nan]
-    adamw(*case.values())
-    assert (case["params"][0].view(torch.int16) == 0x7FC0).all()
+    with lowp.backend(gpu_target.backend):
+        for dtype in FLOATS:
+            x = nan.to(dtype)
+            codes, scale = quantize_on(x, "row", torch.tensor(3))
+            assert not codes.any() and scale.isnan().all()
+            assert bias_grad(x).isnan().all()
+            assert activation_grad(x, torch.ones_like(x), "gelu").isnan().all()
+            case = update_cases.adamw_case([x.cpu()], [torch.zeros(x.shape)], dtype)
+            device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+            device["params"][0].copy_(x)
+            adamw(*device.values())
+            assert device["params"][0].isnan().all()
+            case = update_cases.adamw_case([torch.zeros(x.shape).to(dtype)], [nan.cpu()], dtype)
+            after = update_cases.run(gpu_target, adamw, case)
+            want = update_cases.run(REFERENCE, adamw, case)
+            assert same_bits(after["params"][0], want["params"][0])
+            for bits in (0x7FFFFFFF, -1):
+                p = torch.full((64,), bits, dtype=torch.int32).view(torch.float32)
+                case = update_cases.sgd_case([torch.zeros(64).to(dtype)], [p], torch.float32)
+                after = update_cases.run(gpu_target, sgd, case)
+                want = update_cases.run(REFERENCE, sgd, case)
+                assert same_bits(after["params"][0], want["params"][0])
+                assert math.isnan(after["params"][0][0].item())
 
 
-def test_another_device_than_the_current_one(device_backend: str) -> None:
+def test_another_device_than_the_current_one(gpu_target: Target):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x = torch.randn(64, 64, device="cuda:1")
-    codes, _ = quantize(x, "row", 0, "nearest", 0, None, 0, 4, 0)
+    arguments = ("row", 0, "nearest", 0, None, 0, 4, 0)
+    with lowp.backend(gpu_target.backend):
+        got = quantize(x, *arguments)
     assert torch.cuda.current_device() == 0
-    assert torch.equal(codes.cpu(), reference.quantize(x.cpu(), "row", 0, "nearest")[0])
+    assert all(map(same_bits, moved(got, "cpu"), REFERENCE.run(quantize, x.cpu(), *arguments)))

@@ -14,9 +14,10 @@ from lowp.ops import product
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
-from lowp.reference.linear import finish
-from tests.tensors import FLOATS, same_bits, strided_forms
-from tests.tolerances import product_bound
+from tests import cases
+from tests.cases import assert_within, matrices
+from tests.targets import CPU
+from tests.tensors import FLOATS, same_bits
 
 ACTIVATIONS = tuple(product.ACTIVATIONS)
 
@@ -29,40 +30,17 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-def matrices(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
-    return tuple(t.to(dtype) for t in (x, w, dy, torch.randn(n)))
-
-
-def assert_within(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias=None) -> None:
-    exact = a.double() @ b.double().t()
-    if bias is not None:
-        exact = exact + bias.double()
-    assert y.shape == exact.shape
-    assert ((y.double() - exact).abs() <= product_bound(a, b, bias, y.dtype)).all()
-
-
 def shapes(count: int) -> list[tuple[int, int, int]]:
-    edges = [1, 3, 7, 8, 15, 16, 17, 33, 129]
     rng = random.Random(0)
-    some = [tuple(rng.choice(edges) for _ in range(3)) for _ in range(count)]
+    some = [tuple(rng.choice(cases.EDGES) for _ in range(3)) for _ in range(count)]
     return [*some, *[tuple(rng.randint(1, 129) for _ in range(3)) for _ in range(count)]]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_products_inside_the_bound(product_isa, kernel, dtype):
     for m, n, k in [*shapes(25), (300, 530, 700), (169, 257, 513), (1, 600, 300), (2, 3, 4000)]:
-        x, w, dy, bias = matrices(m, n, k, dtype)
         for out in FLOATS:
-            y, preact = linear(x, w, bias, "none", out, False)
-            assert y.dtype == out and preact.shape == (0,)
-            assert_within(y, x, w, bias)
-            assert_within(linear(x, w, None, "none", out, False)[0], x, w)
-            assert_within(linear_dgrad(dy, w, out), dy, w.t())
-            dw, db = linear_wgrad(dy, x, True, out)
-            assert_within(dw, dy.t(), x.t())
-            assert db.dtype == torch.float32
-            assert_within(db[:, None], dy.t(), torch.ones(1, m))
+            cases.assert_products(CPU, m, n, k, dtype, out)
 
 
 def test_no_worse_than_torch(kernel):
@@ -77,16 +55,7 @@ def test_no_worse_than_torch(kernel):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_epilogue_is_exact(product_isa, kernel, dtype, activation):
-    """Integer operands: the sum is exact, so every bit after it belongs to the contract."""
-    x = torch.randint(-3, 4, (70, 40)).to(dtype)
-    w = torch.randint(-3, 4, (300, 40)).to(dtype) / 8
-    for bias_dtype in FLOATS:
-        bias = torch.randn(300).to(bias_dtype)
-        z = x.float() @ w.float().t()
-        for out in FLOATS:
-            y, preact = linear(x, w, bias, activation, out, True)
-            want = finish(z, bias, activation, out, dtype)
-            assert same_bits(y, want[0]) and same_bits(preact, want[1])
+    cases.assert_epilogue(CPU, dtype, activation)
 
 
 def test_threads_do_not_change_bits(product_isa, kernel):
@@ -106,36 +75,12 @@ def test_threads_do_not_change_bits(product_isa, kernel):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_strides_and_empty(kernel, dtype):
-    for _, x in strided_forms(torch.randn(65, 129)):
-        x = x.to(dtype)
-        for _, w in strided_forms(torch.randn(33, x.shape[1])):
-            w = w.to(dtype)
-            if w.shape[1] == x.shape[1]:
-                assert_within(linear(x, w, None, "none", dtype, False)[0], x, w)
-                dy = torch.randn(w.shape[0], x.shape[0]).to(dtype).t()
-                assert_within(linear_dgrad(dy, w, dtype), dy, w.t())
-                assert_within(linear_wgrad(dy, x, False, dtype)[0], dy.t(), x.t())
-    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
-        x, w, dy, bias = matrices(m, n, k, dtype)
-        y, preact = linear(x, w, bias, "none", dtype, True)
-        assert torch.equal(y, bias.expand(m, n)) and preact.shape == (m, n)
-        dw, db = linear_wgrad(dy, x, True, dtype)
-        assert linear_dgrad(dy, w, dtype).shape == (m, k) and dw.shape == (n, k)
-        assert not dw.any() or m > 0
-        assert db.shape == (n,)
+    cases.assert_strides(CPU, dtype)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
 def test_nan_and_inf_go_where_ieee_sends_them(kernel, value):
-    for dtype in FLOATS:
-        x, w, _, bias = matrices(20, 40, 50, dtype)
-        x[3, 7] = value
-        w[5, 9] = value
-        y = linear(x, w, bias, "none", dtype, False)[0].float()
-        want = functional.linear(x.float(), w.float(), bias.float())
-        assert torch.equal(y.isnan(), want.isnan())
-        assert torch.equal(y.isposinf(), want.isposinf())
-        assert torch.equal(y.isneginf(), want.isneginf())
+    cases.assert_ieee(CPU, value)
 
 
 def test_overflow_is_infinite():

@@ -11,42 +11,8 @@ from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.update_cases import STATES, adamw_case, sgd_case
 from tests.updates import assert_equal, cloned, masters_of, state_like
-
-STATES = (*FLOATS, "int8")
-
-
-def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **options):
-    torch.manual_seed(5)
-    pairs = [(state_like(p, kind, torch.int8), state_like(p, kind, torch.uint8)) for p in params]
-    floats = torch.float32 if kind == "int8" else kind
-    return {
-        "params": params, "grads": grads, "exp_avgs": [m for (m, _), _ in pairs],
-        "exp_avg_sqs": [v for _, (v, _) in pairs], "exp_avg_scales": [s for (_, s), _ in pairs],
-        "exp_avg_sq_scales": [s for _, (_, s) in pairs],
-        "max_exp_avg_sqs": [torch.rand(p.shape).to(floats) for p in params] if amsgrad else [],
-        "steps": [torch.tensor(float(i)) for i in range(len(params))],
-        "lr": torch.tensor(3e-2, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
-        "weight_decay": 0.1, "eps": 1e-8, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
-    }
-
-
-def sgd_case(params, grads, kind, rounding="stochastic", **options):
-    torch.manual_seed(5)
-    pairs = [state_like(p, kind, torch.int8) for p in params]
-    return {
-        "params": params, "grads": grads, "momentum_buffers": [m for m, _ in pairs],
-        "momentum_scales": [s for _, s in pairs],
-        "steps": [torch.tensor(float(i)) for i in range(len(params))],
-        "lr": torch.tensor(3e-2, dtype=torch.float64), "momentum": 0.9, "dampening": 0.25,
-        "weight_decay": 0.1, "nesterov": False, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
-    }
 
 
 def lion_case(params, grads, kind, rounding="stochastic", **options):

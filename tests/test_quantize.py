@@ -8,75 +8,41 @@ import pytest
 import torch
 
 import lowp
-from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.reference.quantize import round_codes
-from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests import cases
+from tests.targets import CPU
+from tests.tensors import FLOATS, strided_forms
 
 GRANULARITIES = ("tensor", "row", "column", "block")
 ROUNDINGS = ("nearest", "stochastic")
 STEP = torch.tensor(3)
 
 
-def both(op, *args):
-    """What the CPU kernel gives and what the reference gives."""
-    with lowp.backend("cpu"):
-        kernel = op(*args)
-    with lowp.backend("reference"):
-        return kernel, op(*args)
-
-
-def assert_equal(op, *args):
-    kernel, truth = both(op, *args)
-    for a, b in zip(kernel, truth, strict=True):
-        assert same_bits(a, b)
-
-
-def special_matrix() -> torch.Tensor:
-    """Random patterns of every exponent, and each special value in a row of its own kind."""
-    ordinary = torch.randn(400, 301)
-    ordinary[3] = 0
-    ordinary[4] = 1e-40
-    ordinary[5] *= 1e-36
-    ordinary[6] *= 3e37
-    ordinary[7, :127] = torch.arange(127) + 0.5  # ties once the row's largest is 127
-    ordinary[7, 127:] = 127.0
-    special = special_values()
-    rows = special.unsqueeze(1) * torch.ones(1, 301)
-    rows[:, 1:] = ordinary[: len(special), 1:]
-    bits = random_bits(20 * 301).view(20, 301)
-    return torch.cat([ordinary, rows, bits])
-
-
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kernel_equals_reference(isa, dtype, granularity, rounding):
-    x = special_matrix().to(dtype)
-    assert x.numel() > 10**5
-    for values in (x, x[:400]):  # with and without groups that hold NaN or Inf
-        assert_equal(quantize, values, granularity, 64, rounding, 5, STEP, 9, 4, 13)
-    assert_equal(quantize_row_col, x, rounding, 5, STEP, 9, 6, 7, 13)
+    for op, args in cases.quantize_calls(dtype, granularity, rounding):
+        cases.assert_bits(CPU, op, *args)
+    args = (cases.special_matrix().to(dtype), rounding, 5, STEP, 9, 6, 7, 13)
+    cases.assert_bits(CPU, quantize_row_col, *args)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_shapes_strides_and_threads(isa, threads, granularity, rounding):
-    for rows, cols in ((1, 1), (3, 7), (65, 129), (130, 1030), (2, 20000)):
-        for _, x in strided_forms(torch.randn(rows, cols)):
-            assert_equal(quantize, x, granularity, 100, rounding, 1, None, 2, 4, 0)
-            assert_equal(quantize_row_col, x, rounding, 1, None, 2, 6, 7, 5)
+    shapes = ((1, 1), (3, 7), (65, 129), (130, 1030), (2, 20000))
+    for op, args in cases.quantize_shape_calls(granularity, rounding, shapes):
+        cases.assert_bits(CPU, op, *args)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_dequantize_every_code(isa, granularity, dtype):
-    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(40, 1)
-    shapes = {"tensor": (), "row": (40, 1), "column": (256,), "block": (40, 3)}
-    numel = math.prod(shapes[granularity])
-    scale = random_bits(numel, seed=3).abs().view(shapes[granularity])
-    assert_equal(lambda *a: (dequantize(*a),), codes, scale, granularity, 100, dtype)
+    for op, args in cases.dequantize_calls(granularity, dtype):
+        cases.assert_bits(CPU, op, *args)
 
 
 def test_columns_of_codes_are_the_column_quantization_turned():

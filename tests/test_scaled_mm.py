@@ -12,17 +12,15 @@ import time
 import pytest
 import torch
 
-import lowp
 from lowp.native import cpu_extension
 from lowp.ops.product import ACTIVATIONS
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
-from tests.tensors import FLOATS, same_bits, special_values, strided_forms
+from tests import cases
+from tests.cases import codes
+from tests.targets import CPU
+from tests.tensors import FLOATS
 
 ONE = torch.ones(1)
-
-
-def codes(*shape: int) -> torch.Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
 def sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -31,18 +29,14 @@ def sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def assert_bits(*args) -> None:
-    y, preact = scaled_mm(*args)
-    with lowp.backend("reference"):
-        want = scaled_mm(*args)
-    assert same_bits(y, want[0]) and same_bits(preact, want[1])
+    cases.assert_bits(CPU, scaled_mm, *args)
 
 
 def test_sums_are_exact_over_ten_thousand_shapes(product_isa):
     pool_a, pool_b = codes(129, 129), codes(129, 129)
     wide_a, wide_b = pool_a.double(), pool_b.double()
     rng = random.Random(1)
-    edges = (1, 3, 7, 8, 15, 16, 17, 33, 129)
-    shapes = [*itertools.product(edges, repeat=3)]
+    shapes = cases.edge_shapes()
     shapes += [tuple(rng.randint(1, 129) for _ in range(3)) for _ in range(2600)]
     for m, n, k in shapes:  # 3,329 shapes for each of four instruction sets
         y = sums(pool_a[:m, :k], pool_b[:n, :k])
@@ -63,14 +57,9 @@ def test_large_shapes_and_the_largest_sums(product_isa):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogue(product_isa, activation):
-    a, b = codes(70, 90), codes(300, 90)
-    row_scale, col_scale = torch.rand(70, 1) * 1e-3, torch.rand(300)
-    row_scale[:34, 0] = special_values()[:34].abs()
     for out in FLOATS:
-        for bias in (None, *[torch.randn(300).to(dtype) for dtype in FLOATS]):
-            assert_bits(a, b, row_scale, col_scale, bias, activation, out, True)
-        assert_bits(a, b, row_scale[:1], col_scale[:1], None, activation, out, False)
-        assert_bits(a, b, torch.tensor(0.25), torch.tensor(3e38), None, activation, out, False)
+        for op, args in cases.scaled_mm_calls(activation, out):
+            cases.assert_bits(CPU, op, *args)
 
 
 def test_poisoned_groups_show(product_isa):
@@ -86,23 +75,8 @@ def test_poisoned_groups_show(product_isa):
 
 
 def test_strides_offsets_and_empty(product_isa):
-    for _, a in strided_forms(torch.randn(65, 129)):
-        a = (a * 40).clamp(-127, 127).to(torch.int8) if a.is_contiguous() else _like(a)
-        for _, b in strided_forms(torch.randn(40, max(a.shape[1], 1))):
-            b = _like(b)
-            if b.shape[1] == a.shape[1]:
-                assert_bits(a, b, torch.rand(a.shape[0]), torch.rand(b.shape[0]), None, "none",
-                            torch.bfloat16, False)
-    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
-        assert_bits(codes(m, k), codes(n, k), torch.rand(m), torch.rand(n), torch.rand(n), "gelu",
-                    torch.float16, True)
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """int8 codes of the same strides."""
-    storage = torch.randint(-127, 128, (max(x.untyped_storage().nbytes() // 4, 1),),
-                            dtype=torch.int8)
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    for op, args in cases.scaled_mm_stride_calls():
+        cases.assert_bits(CPU, op, *args)
 
 
 def test_threads_do_not_change_bits(threads):

@@ -38,7 +38,7 @@ def cloned(case: dict) -> dict:
     def copy(t):
         if not isinstance(t, torch.Tensor) or 0 in t.stride():  # an expanded gradient is only read
             return t
-        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
         return other.copy_(t)
 
     return {k: [copy(t) for t in v] if isinstance(v, list) else copy(v) for k, v in case.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension, cuda_extension, cuda_place
-from lowp.ops.library import FLOATS, Op, require_choice, require_float
+from lowp.ops.library import FLOATS, Op, deferred, require_choice, require_float
 from lowp.ops.product import ACTIVATIONS
 from lowp.reference import activation as reference
 from lowp.reference.rounding import round_to
@@ -69,3 +69,6 @@ def _cuda(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
         dy.numel(), ACTIVATIONS[activation], dz.data_ptr(),
     )
     return dz
+
+
+activation_grad.kernel("triton")(deferred("activation_grad"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import device_table, update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import adamw as reference
 from lowp.reference.stores import Noise
 
@@ -200,3 +200,6 @@ def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _T
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():
             m.copy_(work_m)
+
+
+adamw.kernel("triton")(deferred("adamw"))

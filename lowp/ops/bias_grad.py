@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension, cuda_extension, cuda_place
-from lowp.ops.library import FLOATS, Op, require_float
+from lowp.ops.library import FLOATS, Op, deferred, require_float
 from lowp.reference import bias_grad as reference
 
 bias_grad = Op("bias_grad(Tensor dy) -> Tensor")
@@ -59,3 +59,6 @@ def _cuda(dy: Tensor) -> Tensor:
     cuda_extension().bias_grad(cuda_place(dy), dy.data_ptr(), FLOATS[dy.dtype], rows, cols,
                                db.data_ptr(), partial.data_ptr())
     return db
+
+
+bias_grad.kernel("triton")(deferred("bias_grad"))

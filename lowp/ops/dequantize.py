@@ -10,6 +10,7 @@ from lowp.ops.library import (
     FLOATS,
     GRANULARITIES,
     Op,
+    deferred,
     require_choice,
     require_float_dtype,
     rows_cols,
@@ -95,3 +96,6 @@ def _cuda(codes: Tensor, scale: Tensor, granularity: str, block: int,
         GRANULARITIES[granularity], block, y.data_ptr(), FLOATS[out_dtype],
     )
     return y
+
+
+dequantize.kernel("triton")(deferred("dequantize"))

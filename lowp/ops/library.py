@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -75,6 +76,15 @@ def _device(args: tuple[Any, ...]) -> torch.device:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return value[0].device
     return torch.device("cpu")
+
+
+def deferred(name: str) -> Callable[..., Any]:
+    """The Triton kernel of op ``name``; ``lowp.kernels.<name>`` is imported at its first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"lowp.kernels.{name}"), name)(*args)
+
+    return run
 
 
 OPS: dict[str, Op] = {}

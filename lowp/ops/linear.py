@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.ops.library import Op, require_choice, require_float_dtype
+from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
 from lowp.ops.product import ACTIVATIONS, multiply, multiply_cuda, require_bias, require_matrices
 from lowp.reference import linear as reference
 
@@ -58,3 +58,4 @@ def _fake(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype:
 linear.kernel("reference")(reference.linear)
 linear.kernel("cpu")(multiply)
 linear.kernel("cuda")(multiply_cuda)
+linear.kernel("triton")(deferred("linear"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.ops.library import Op, require_float_dtype
+from lowp.ops.library import Op, deferred, require_float_dtype
 from lowp.ops.product import multiply, multiply_cuda, require_matrices
 from lowp.reference import linear as reference
 
@@ -52,3 +52,6 @@ def _cpu(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
 @linear_dgrad.kernel("cuda")
 def _cuda(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     return multiply_cuda(dy, w.t(), None, "none", out_dtype, False)[0]
+
+
+linear_dgrad.kernel("triton")(deferred("linear_dgrad"))

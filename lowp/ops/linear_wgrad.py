@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.ops.bias_grad import bias_grad
-from lowp.ops.library import Op, require_float_dtype
+from lowp.ops.library import Op, deferred, require_float_dtype
 from lowp.ops.product import multiply, multiply_cuda, require_matrices
 from lowp.reference import linear as reference
 
@@ -60,3 +60,6 @@ def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Ten
 def _cuda(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dw = multiply_cuda(dy.t(), x.t(), None, "none", out_dtype, False)[0]
     return dw, bias_grad.kernels["cuda"](dy) if bias else dy.new_empty(0, dtype=torch.float32)
+
+
+linear_wgrad.kernel("triton")(deferred("linear_wgrad"))

@@ -11,6 +11,7 @@ from lowp.ops.library import (
     GRANULARITIES,
     ROUNDINGS,
     Op,
+    deferred,
     require_choice,
     require_float,
     rows_cols,
@@ -73,10 +74,11 @@ def _check(x: Tensor, granularity: str, block: int, rounding: str, seed: int, st
 @quantize.fake
 def _fake(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step: Tensor | None,
           tensor: int, role: int, offset: int) -> tuple[Tensor, Tensor]:
-    return _outputs(x, granularity, block)
+    return outputs(x, granularity, block)
 
 
-def _outputs(x: Tensor, granularity: str, block: int) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, granularity: str, block: int) -> tuple[Tensor, Tensor]:
+    """Uninitialized codes and scale for ``x``."""
     shapes: dict[str, tuple[int, ...]] = {
         "tensor": (),
         "row": (*x.shape[:-1], 1),
@@ -99,7 +101,7 @@ def _cpu(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step
          tensor: int, role: int, offset: int) -> tuple[Tensor, Tensor]:
     extension = cpu_extension()
     x = x.contiguous()
-    codes, scale = _outputs(x, granularity, block)
+    codes, scale = outputs(x, granularity, block)
     rows, cols = rows_cols(x)
     key = extension.PhiloxKey(seed & (2**64 - 1), step_of(step), tensor, role)
     extension.quantize(
@@ -115,7 +117,7 @@ def _cuda(x: Tensor, granularity: str, block: int, rounding: str, seed: int, ste
           tensor: int, role: int, offset: int) -> tuple[Tensor, Tensor]:
     extension = cuda_extension()
     x = x.contiguous()
-    codes, scale = _outputs(x, granularity, block)
+    codes, scale = outputs(x, granularity, block)
     rows, cols = rows_cols(x)
     now, address = device_step(step, x)
     words = {"tensor": 1, "column": cols}.get(granularity, 0)
@@ -126,3 +128,6 @@ def _cuda(x: Tensor, granularity: str, block: int, rounding: str, seed: int, ste
         offset, codes.data_ptr(), scale.data_ptr(), workspace.data_ptr(),
     )
     return codes, scale
+
+
+quantize.kernel("triton")(deferred("quantize"))

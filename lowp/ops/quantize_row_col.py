@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension, cuda_extension, cuda_place
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice, require_float
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice, require_float
 from lowp.ops.quantize import device_step, step_of
 from lowp.reference import quantize as reference
 
@@ -41,10 +41,11 @@ def _check(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int
 @quantize_row_col.fake
 def _fake(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int, row_role: int,
           col_role: int, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x)
+    return outputs(x)
 
 
-def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialized codes and scales for ``x``."""
     rows, cols = x.shape
     codes = torch.empty((rows, cols), dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -64,7 +65,7 @@ def _cpu(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int, 
          col_role: int, offset: int) -> tuple[Tensor, ...]:
     extension = cpu_extension()
     x = x.contiguous()
-    codes, scale, col_codes, col_scale = _outputs(x)
+    codes, scale, col_codes, col_scale = outputs(x)
     seed, now = seed & (2**64 - 1), step_of(step)
     extension.quantize_row_col(
         x.data_ptr(), FLOATS[x.dtype], *x.shape, ROUNDINGS[rounding],
@@ -80,7 +81,7 @@ def _cuda(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int,
           col_role: int, offset: int) -> tuple[Tensor, ...]:
     extension = cuda_extension()
     x = x.contiguous()
-    codes, scale, col_codes, col_scale = _outputs(x)
+    codes, scale, col_codes, col_scale = outputs(x)
     seed, (now, address) = seed & (2**64 - 1), device_step(step, x)
     workspace = torch.zeros(sum(x.shape), dtype=torch.int32, device=x.device)
     extension.quantize_row_col(
@@ -90,3 +91,6 @@ def _cuda(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int,
         scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(), workspace.data_ptr(),
     )
     return codes, scale, col_codes, col_scale
+
+
+quantize_row_col.kernel("triton")(deferred("quantize_row_col"))

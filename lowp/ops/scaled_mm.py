@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension, cuda_extension, cuda_place
-from lowp.ops.library import Op, require_choice, require_float_dtype
+from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
 from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
 from lowp.reference import scaled_mm as reference
 
@@ -130,3 +130,6 @@ def _cuda(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tens
         int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
     )
     return y, preact
+
+
+scaled_mm.kernel("triton")(deferred("scaled_mm"))

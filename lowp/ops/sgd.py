@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import device_table, update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import sgd as reference
 from lowp.reference.stores import Noise
 
@@ -165,3 +165,6 @@ def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentu
             place, clock, extension.SgdTable(*table), momentum, 1 - dampening, weight_decay,
             nesterov, maximize, ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
         )
+
+
+sgd.kernel("triton")(deferred("sgd"))

@@ -1,0 +1,246 @@
+"""The device kernels, Triton and CUDA, over the CPU's cases: equal bits, products in the bound."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowp.backend import BackendError
+from lowp.ops.adamw import adamw
+from lowp.ops.quantize import quantize
+from lowp.ops.quantize_row_col import quantize_row_col
+from lowp.ops.scaled_mm import scaled_mm
+from lowp.ops.sgd import sgd
+from tests import cases, update_cases
+from tests.targets import Target
+from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.updates import masters_of
+
+GRANULARITIES = ("tensor", "row", "column", "block")
+ROUNDINGS = ("nearest", "stochastic")
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize(target: Target, dtype, granularity, rounding):
+    rows = 12 if target.interpreted else 400
+    for op, args in cases.quantize_calls(dtype, granularity, rounding, rows):
+        cases.assert_bits(target, op, *args)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_row_col(target: Target, dtype, rounding):
+    x = cases.special_matrix(12 if target.interpreted else 400).to(dtype)
+    for values in (x, x[:, :288].contiguous(), x[:48, :256].contiguous()):
+        cases.assert_bits(target, quantize_row_col, values, rounding, 5, cases.STEP, 9, 6, 7, 16)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_quantize_shapes_and_strides(target: Target, granularity, rounding):
+    shapes = ((3, 7), (17, 33)) if target.interpreted else ((1, 1), (3, 7), (65, 129), (130, 1030))
+    for op, args in cases.quantize_shape_calls(granularity, rounding, shapes):
+        cases.assert_bits(target, op, *args)
+
+
+@pytest.mark.parametrize("granularity", ("row", "block"))
+def test_quantize_rows_beyond_the_registers(target: Target, granularity):
+    x = torch.randn(2, 20_000).bfloat16()
+    x[1, 19_999] = 9.0
+    cases.assert_bits(target, quantize, x, granularity, 17_000, "stochastic", 1, None, 2, 4, 8)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_dequantize(target: Target, granularity, dtype):
+    for op, args in cases.dequantize_calls(granularity, dtype):
+        cases.assert_bits(target, op, *args)
+
+
+@pytest.mark.parametrize("activation", cases.ALL_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activation_grad(target: Target, dtype, activation):
+    for op, args in cases.activation_grad_calls(dtype, activation, 20_000):
+        cases.assert_bits(target, op, *args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_grad(target: Target, dtype):
+    for dy in cases.bias_grad_inputs(dtype):
+        cases.assert_bias_grad(target, dy)
+
+
+def test_int8_sums_are_exact(target: Target):
+    pool = cases.codes(2, 129, 129)
+    wide = pool.double()
+    for m, n, k in cases.edge_shapes(60 if target.interpreted else None):
+        args = (pool[0, :m, :k], pool[1, :n, :k], ONE, ONE, None, "none", torch.float32, False)
+        y = target.run(scaled_mm, *args)[0]
+        assert torch.equal(y.double(), wide[0, :m, :k] @ wide[1, :n, :k].t())
+
+
+def test_the_largest_int8_sums(target: Target):
+    a = torch.full((1, 133_144), 127, dtype=torch.int8)
+    for b in (-a,) if target.interpreted else (a, -a):
+        y = target.run(scaled_mm, a, b, ONE, ONE, None, "none", torch.float32, False)[0]
+        assert y.item() == torch.tensor(127.0 * b[0, 0].item() * 133_144).item()
+
+
+@pytest.mark.parametrize("activation", cases.ALL_ACTIVATIONS)
+def test_scaled_mm(target: Target, activation):
+    for out in FLOATS:
+        for op, args in cases.scaled_mm_calls(activation, out, 40 if target.interpreted else 300):
+            cases.assert_bits(target, op, *args)
+
+
+def test_scaled_mm_strides(target: Target):
+    sizes = (7, 20) if target.interpreted else (65, 129)
+    for op, args in cases.scaled_mm_stride_calls(*sizes):
+        cases.assert_bits(target, op, *args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_products_inside_the_bound(target: Target, dtype):
+    count = (3 if dtype == torch.float32 else 12) if target.interpreted else None
+    shapes = [*cases.edge_shapes(count), (65, 200, 136), (2, 3, 1000)]
+    for i, (m, n, k) in enumerate(shapes):
+        cases.assert_products(target, m, n, k, dtype, FLOATS[i % 3])
+
+
+@pytest.mark.parametrize("activation", cases.ALL_ACTIVATIONS)
+def test_linear_epilogue(target: Target, activation):
+    for dtype in (torch.bfloat16, torch.float16) if target.interpreted else FLOATS:
+        cases.assert_epilogue(target, dtype, activation, 40 if target.interpreted else 300)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_strides_and_empty(target: Target, dtype):
+    cases.assert_strides(target, dtype, *((7, 20) if target.interpreted else (65, 129)))
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_nan_and_inf_go_where_ieee_sends_them(target: Target, value):
+    cases.assert_ieee(target, value)
+
+
+@pytest.mark.parametrize("kind", update_cases.STATES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_updates(target: Target, name, dtype, kind):
+    op, make = update_cases.OPS[name]
+    rows = 6 if target.interpreted else 257
+    shapes = ((rows, 401), (5,), (), (rows, 272))
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    grads = [torch.randn(p.shape) for p in params]
+    for rounding in ROUNDINGS:
+        case = make(params, grads, kind, rounding, offsets=[0, 3, 0, 16])
+        update_cases.assert_equal(target, op, case)
+
+
+@pytest.mark.parametrize("kind", update_cases.STATES)
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_updates_of_special_values(target: Target, name, kind):
+    op, make = update_cases.OPS[name]
+    special = special_values()
+    for dtype in FLOATS:
+        grads = [special.repeat_interleave(len(special)), random_bits(3000, seed=2).view(30, 100)]
+        params = [special.repeat(len(special)).to(dtype),
+                  random_bits(3000, seed=3).view(30, 100).to(dtype)]
+        update_cases.assert_equal(target, op, make(params, grads, kind))
+
+
+@pytest.mark.parametrize("kind", update_cases.STATES)
+def test_options_of_updates(target: Target, kind):
+    params = [torch.randn(9, 300).bfloat16(), torch.randn(700)]
+    grads = [torch.randn(9, 300).half(), torch.randn(700).bfloat16()]
+    scaler = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.tensor(0.0)}
+    for amsgrad, maximize in ((True, False), (False, True)):
+        case = update_cases.adamw_case(params, grads, kind, amsgrad=amsgrad, maximize=maximize,
+                                       **scaler)
+        update_cases.assert_equal(target, adamw, case)
+    update_cases.assert_equal(target, sgd, update_cases.sgd_case(
+        params, grads, kind, nesterov=True, dampening=0.0, **scaler))
+    update_cases.assert_equal(target, sgd, update_cases.sgd_case(
+        params, grads, kind, momentum_buffers=[], momentum_scales=[], weight_decay=0.0))
+
+
+@pytest.mark.parametrize("kind", update_cases.STATES)
+def test_adam_with_coupled_decay(target: Target, kind):
+    params = [torch.randn(9, 300).bfloat16(), torch.randn(700)]
+    grads = [torch.randn(9, 300).half(), torch.randn(700).bfloat16()]
+    for maximize, weight_decay in ((False, 0.1), (True, 0.1), (False, 0.0)):
+        case = update_cases.adamw_case(params, grads, kind, maximize=maximize,
+                                       weight_decay=weight_decay)
+        plain = update_cases.run(target, adamw, case)
+        after = update_cases.assert_equal(target, adamw, {**case, "coupled": True})
+        same = all(map(same_bits, plain["params"], after["params"]))
+        assert same == (weight_decay == 0)
+
+
+@pytest.mark.parametrize("kind", ("remainder", "kahan"))
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_masters_are_kept_or_refused_by_name(target: Target, name, kind):
+    op, make = update_cases.OPS[name]
+    params, grads = [torch.randn(300).bfloat16(), torch.randn(9)], [torch.randn(300), torch.ones(9)]
+    trailing = {"coupled": False} if name == "adamw" else {}
+    case = {**make(params, grads, torch.float32), **trailing, "masters": masters_of(params, kind)}
+    if target.backend == "triton":
+        message = f"lowp::{name}: the triton kernel takes no masters .* cpu, cuda and reference"
+        with pytest.raises(BackendError, match=message):
+            update_cases.run(target, op, case)
+        case = {**make(params[1:], grads[1:], torch.float32), **trailing,
+                "masters": masters_of(params[1:], kind)}
+    update_cases.assert_equal(target, op, case)
+
+
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_found_inf_changes_nothing(target: Target, name):
+    op, make = update_cases.OPS[name]
+    params = [torch.randn(20, 300).bfloat16()]
+    case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0))
+    after = update_cases.run(target, op, case)
+    for key, before in case.items():
+        if isinstance(before, list) and before and isinstance(before[0], torch.Tensor):
+            assert all(map(same_bits, after[key], before))
+
+
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_updates_of_strided_and_empty_tensors(target: Target, name):
+    op, make = update_cases.OPS[name]
+    full, empty = torch.randn(4, 50), torch.empty(0, 50)
+    for params in ([full, empty], [empty, full], [empty], []):
+        case = make(list(params), [torch.randn(p.shape) for p in params], torch.float32)
+        after = update_cases.assert_equal(target, op, case)
+        assert [s.item() for s in after["steps"]] == [i + 1 for i in range(len(params))]
+    for form, p in strided_forms(torch.randn(16, 33)):
+        if form != "expanded":
+            grads = [torch.ones(()).expand(p.shape)]  # as .sum() gives
+            case = make([p.bfloat16()], grads, torch.bfloat16)
+            update_cases.assert_equal(target, op, case)
+
+
+def test_a_shard_s_update_is_that_of_the_whole(target: Target):
+    p, g = torch.randn(64, 256).bfloat16(), torch.randn(64, 256)
+    whole = update_cases.adamw_case([p], [g], torch.bfloat16, offsets=[0])
+    after = update_cases.run(target, adamw, whole)
+    keys = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+    for rows, offset in ((slice(0, 23), 0), (slice(23, 64), 23 * 256)):
+        shard = {**whole, **{key: [whole[key][0][rows].clone()] for key in keys},
+                 "offsets": [offset]}
+        for key, found in update_cases.run(target, adamw, shard).items():
+            if key in keys:
+                assert same_bits(found[0], after[key][0][rows])
+
+
+def test_steps_on_the_host_and_far_ones(target: Target):
+    """A large step's power, by squaring in fp64, has the host's bits."""
+    params, grads = [torch.randn(300)], [torch.randn(300)]
+    for step in (0.0, 1.0, 998.0, 123_456.0, 2.0**24 - 2):
+        case = update_cases.adamw_case(params, grads, torch.float32, steps=[torch.tensor(step)],
+                                  beta2=0.99999)
+        update_cases.assert_equal(target, adamw, case)

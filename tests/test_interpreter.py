@@ -1,0 +1,100 @@
+"""What Triton's interpreter gets wrong, so that we learn when it no longer does; and, interpreted,
+what only sm_90 runs: the persistent product."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton does not interpret here", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from lowp.kernels import launch as launches  # noqa: E402
+from lowp.kernels import product as products  # noqa: E402
+from lowp.kernels.launch import EXACT, launch  # noqa: E402
+from lowp.kernels.numerics import draws, widen  # noqa: E402
+
+from lowp.reference.philox import draws as reference_draws  # noqa: E402
+from tests.cases import assert_within, codes, matrices  # noqa: E402
+
+
+@triton.jit
+def _sum_bf16(a, b, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(a + i) + tl.load(b + i))
+
+
+@triton.jit
+def _widen(x, plain, ours, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = tl.load(x + i)
+    tl.store(plain + i, value.to(tl.float32))
+    tl.store(ours + i, widen(value))
+
+
+@triton.jit
+def _draws(out, first: tl.int64, N: tl.constexpr, GROUPED: tl.constexpr, low: tl.int64,
+           high: tl.int64, step: tl.int64, tensor: tl.int64, role: tl.int64):
+    start = first + tl.zeros([1], tl.int64)
+    drawn = draws(start, N, GROUPED, low, high, step, tensor, role)
+    tl.store(out + tl.arange(0, N)[None, :], drawn.to(tl.int32))
+
+
+def test_canary_bf16_arithmetic_is_still_wrong():
+    """Once this fails, the interpreter adds bf16 rightly and ``widen`` may become a plain cast."""
+    a, b = torch.full((16,), 2.5).bfloat16(), torch.full((16,), 2.0).bfloat16()
+    y = torch.empty(16, dtype=torch.bfloat16)
+    launch(_sum_bf16, (1,), a, b, y, N=16, **EXACT)
+    assert not torch.equal(y, a + b)
+
+
+def test_canary_bf16_subnormals_are_still_wrong():
+    x = (torch.arange(1, 17, dtype=torch.int16) * 5).view(torch.bfloat16)
+    plain, ours = torch.empty(16), torch.empty(16)
+    launch(_widen, (1,), x, plain, ours, N=16, **EXACT)
+    assert torch.equal(ours, x.float())
+    assert not torch.equal(plain, x.float())
+
+
+@pytest.mark.parametrize("first", (0, 8, 2**36 + 8, 5, 2**36 + 5))
+def test_draws_are_the_contract_s(first):
+    seed, tensor = 0x0123456789ABCDEF, 0x811C9DC5
+    want = reference_draws(seed, 1, tensor, 6, 64, first)
+    for grouped in (False, True) if first % 8 == 0 else (False,):
+        out = torch.empty(64, dtype=torch.int32)
+        launch(_draws, (1,), out, first, N=64, GROUPED=grouped, low=seed & 0xFFFFFFFF,
+               high=seed >> 32, step=1, tensor=tensor, role=6, **EXACT)
+        assert torch.equal(out.long(), want)
+
+
+@pytest.mark.parametrize("processors", (1, 3))
+def test_the_persistent_product(monkeypatch, processors):
+    """Its descriptors and walk over the tiles, with fewer programs than tiles."""
+    monkeypatch.setattr(launches, "capability", lambda device: 90)
+    monkeypatch.setattr(launches, "processors", lambda device: processors)
+    started = []
+    monkeypatch.setattr(products, "launch", lambda kernel, *args, **options: (
+        started.append(kernel), launch(kernel, *args, **options)))
+    x, w, dy, bias = matrices(200, 136, 72, torch.bfloat16)
+    y = torch.empty(200, 136)
+    products.product(x, w, products.Epilogue(y, bias=bias))
+    assert_within(y, x, w, bias)
+    dw, db = torch.empty(136, 72), torch.empty(136)
+    products.product(dy.t(), x.t(), products.Epilogue(dw, row_sums=db))
+    assert_within(dw, dy.t(), x.t())
+    assert_within(db[:, None], dy.t(), torch.ones(1, 200))
+    a, b = codes(200, 80), codes(72, 80)
+    y = torch.empty(200, 72)
+    products.product(a, b, products.Epilogue(y, row_scale=torch.ones(1), col_scale=torch.ones(1)))
+    assert torch.equal(y, a.float() @ b.float().t())
+    assert [kernel.fn.__name__ for kernel in started] == ["_persistent"] * 3
+
+
+def test_tensors_on_two_devices_are_refused():
+    meta = torch.empty(16, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="_sum_bf16: expected all tensors on cpu, got one"):
+        launch(_sum_bf16, (1,), torch.zeros(16).bfloat16(), meta, meta, N=16, **EXACT)

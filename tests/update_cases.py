@@ -1,0 +1,70 @@
+"""Arguments of adamw and sgd, and the comparison of any backend's update with the reference."""
+
+from __future__ import annotations
+
+import torch
+
+import lowp
+from lowp.ops.adamw import adamw
+from lowp.ops.sgd import sgd
+from tests.targets import REFERENCE, Target, moved
+from tests.tensors import FLOATS, same_bits
+from tests.updates import cloned, state_like
+
+STATES = (*FLOATS, "int8")
+
+
+def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **options):
+    torch.manual_seed(5)
+    pairs = [(state_like(p, kind, torch.int8), state_like(p, kind, torch.uint8)) for p in params]
+    floats = torch.float32 if kind == "int8" else kind
+    return {
+        "params": params, "grads": grads, "exp_avgs": [m for (m, _), _ in pairs],
+        "exp_avg_sqs": [v for _, (v, _) in pairs], "exp_avg_scales": [s for (_, s), _ in pairs],
+        "exp_avg_sq_scales": [s for _, (_, s) in pairs],
+        "max_exp_avg_sqs": [torch.rand(p.shape).to(floats) for p in params] if amsgrad else [],
+        "steps": [torch.tensor(float(i)) for i in range(len(params))],
+        "lr": torch.tensor(3e-2, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
+        "weight_decay": 0.1, "eps": 1e-8, "maximize": False, "rounding": rounding,
+        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
+        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
+        **options,
+    }
+
+
+def sgd_case(params, grads, kind, rounding="stochastic", **options):
+    torch.manual_seed(5)
+    pairs = [state_like(p, kind, torch.int8) for p in params]
+    return {
+        "params": params, "grads": grads, "momentum_buffers": [m for m, _ in pairs],
+        "momentum_scales": [s for _, s in pairs],
+        "steps": [torch.tensor(float(i)) for i in range(len(params))],
+        "lr": torch.tensor(3e-2, dtype=torch.float64), "momentum": 0.9, "dampening": 0.25,
+        "weight_decay": 0.1, "nesterov": False, "maximize": False, "rounding": rounding,
+        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
+        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
+        **options,
+    }
+
+
+OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case)}
+
+
+def run(target: Target, op, case: dict) -> dict:
+    """The case after the update, on copies, on the CPU."""
+    work = cloned(case)
+    if target.device != "cpu":
+        work = dict(zip(work, moved(list(work.values()), target.device), strict=True))
+    with lowp.backend(target.backend):
+        op(*work.values())
+    return dict(zip(work, moved(list(work.values()), "cpu"), strict=True))
+
+
+def assert_equal(target: Target, op, case: dict) -> dict:
+    """Every tensor that the kernel writes must agree with the reference. Gives its copies."""
+    kernel, truth = run(target, op, case), run(REFERENCE, op, case)
+    for key, want in truth.items():
+        if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
+            for got, exact in zip(kernel[key], want, strict=True):
+                assert same_bits(got, exact), key
+    return kernel
