@@ -21,10 +21,11 @@ def _groups(dy, partial, rows: tl.int64, cols: tl.int64, G: tl.constexpr, C: tl.
     group = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)
     col = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     total = tl.zeros([G, C], tl.float32)
-    for i in tl.range(64, loop_unroll_factor=8):
-        row = group * 64 + i
+    row = group * 64
+    for _ in tl.range(64, loop_unroll_factor=8):
         mask = (row < rows)[:, None] & (col < cols)[None, :]
         total += widen(tl.load(dy + row[:, None] * cols + col[None, :], mask=mask, other=0.0))
+        row += 1
     mask = (group * 64 < rows)[:, None] & (col < cols)[None, :]
     tl.store(partial + group[:, None] * cols + col[None, :], total, mask=mask)
 

@@ -97,9 +97,15 @@ class LSTM(nn.LSTM):
             return y[:, 0], (h[:, 0], c[:, 0])
         return (y.transpose(0, 1) if self.batch_first else y), (h, c)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, x: Tensor, sizes: list[int], hx: States | None) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows [N, I] through all layers: [N, D*H], h_n and c_n [L*D, B, H]."""
+        # as a decorator it would import torch's compiler, and Triton, with lowp
+        run = torch.compiler.disable(self._eager) if torch.compiler.is_compiling() else self._eager
+        y, h, c = run(x, sizes, hx)
+        return y, h, c
+
+    def _eager(self, x: Tensor, sizes: list[int],
+               hx: States | None) -> tuple[Tensor, Tensor, Tensor]:
         suffixes, batch = self._suffixes(), sizes[0]
         if x.shape[-1] != self.input_size:
             raise ValueError(f"lowp.LSTM: expected packed input [N, {self.input_size}], "

@@ -1,0 +1,76 @@
+"""What README.md claims is what the committed measurements say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def measured(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def row_of(name: str) -> str:
+    """The table row whose last cell names a file of results."""
+    (row,) = [line for line in README.splitlines() if line.rstrip(" |").endswith(f"`{name}`")]
+    return row
+
+
+@pytest.mark.parametrize("name", ("hybrid_docstrings.json", "hybrid_sst2.json"))
+def test_accuracy_of_every_arm(name: str) -> None:
+    row, means = row_of(name), measured(name)["means"]
+    assert f"{len(measured(name)['seeds'])} paired seeds" in row
+    found = re.findall(r"(\d+\.\d) %", row)
+    order = ("supervised-fp32", "supervised-low", "hybrid-fp32", "hybrid-low")
+    assert found == [f"{100 * means[arm]['accuracy']:.1f}" for arm in order]
+
+
+def test_speed_ratios() -> None:
+    row = row_of("scaled_mm.json")
+    rows = measured("scaled_mm.json")["rows"]
+    peers = ("torch._int_mm + scales", "torch torch.float32")
+    for peer in peers:
+        ratios = [r[f"lowp is x times {peer}"] for r in rows if r["M"] >= 512]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f}" in row, peer
+    row, rows = row_of("adamw.json"), measured("adamw.json")["rows"]
+    (int8,) = [r for r in rows if r["states"] == "int8"]
+    for peer in ("torch fused", "torchao", "bitsandbytes"):
+        assert f"{int8[f'lowp is x times {peer}']:.1f} × {peer}" in row, peer
+
+
+def test_every_result_that_is_named_is_there() -> None:
+    for name in re.findall(r"`(?:benchmarks/results/)?(\w+\.json)`", README):
+        assert measured(name), name
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.strip().splitlines()) <= 18
+    script = tmp_path / "example.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True,
+                          text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "scaled_mm" in done.stdout and "grad cosine" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
+@pytest.mark.parametrize("target", ("train", "test"))
+def test_make_does_the_same(target: str) -> None:
+    marked = re.search(rf"<!-- {target} -->\n```bash\n(.*?)```", README, re.S)
+    assert marked is not None
+    *install, last = marked[1].strip().splitlines()
+    done = subprocess.run(["make", "-n", "-B", target], capture_output=True, text=True, cwd=ROOT)
+    lines = [re.sub(r"\S*/bin/", "", line) for line in done.stdout.splitlines()]
+    assert last in lines and install[-1] in lines
