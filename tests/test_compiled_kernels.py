@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.triton_ir import narrow_products
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "triton_compiled.json"
 TENSOR_CORES = {  # of 16-bit floats, of int8 codes
     "sm_80": ("HMMA", "IMMA"), "sm_90": ("HGMMA", "IGMMA"), "sm_100": ("UTCMMA", "UTCMMA"),
     "gfx942": ("MFMA", "MFMA"),
@@ -113,3 +114,10 @@ STRAIGHT = GOOD.replace("%4 = tt.addptr %x, %2", "%4 = tt.addptr %x, %3")
 @pytest.mark.parametrize(("ir", "count"), [(GOOD, 0), (STRAIGHT, 1), (LOOP, 1), (YIELDED, 1)])
 def test_the_lint_finds_narrow_products(ir, count):
     assert len(narrow_products(ir)) == count
+
+
+def test_the_committed_table_is_of_these_sources():
+    table = json.loads(RESULT.read_text())
+    check(table["rows"])
+    again = "python -m benchmarks.compiled writes it anew"
+    assert table["sources"] == compiled("--hash"), again
