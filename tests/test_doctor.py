@@ -84,7 +84,7 @@ def _package_without_kernels(folder: Path) -> Path:
     return folder
 
 
-def _doctor(folder: Path) -> subprocess.CompletedProcess[str]:
+def doctor_of(folder: Path) -> subprocess.CompletedProcess[str]:
     """Of the copy in a folder; an editable install's import hook would give it its kernels."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LOWP_")}
     run = ("import runpy, sys; "
@@ -96,7 +96,7 @@ def _doctor(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_kernels(tmp_path: Path) -> None:
-    done = _doctor(_package_without_kernels(tmp_path))
+    done = doctor_of(_package_without_kernels(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not found["native"]["loaded"]
@@ -111,7 +111,7 @@ def test_a_broken_extension_shows_the_loaders_error(tmp_path: Path) -> None:
     folder = _package_without_kernels(tmp_path)
     name = Path(native.cpu_extension().__file__ or "").name
     (folder / "lowp" / name).write_bytes(b"\x7fELF and no more")
-    done = _doctor(folder)
+    done = doctor_of(folder)
     assert done.returncode == 0, done.stderr
     reason = json.loads(done.stdout)["native"]["reason"]
     assert "failed to load" in reason

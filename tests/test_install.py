@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_doctor import doctor_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,7 +53,9 @@ def test_without_a_compiler_it_is_pure_python_and_says_so(source: Path, tmp_path
     assert not [name for name in files.namelist() if name.endswith(".so")]
     installed = tmp_path / "installed"
     files.extractall(installed)
-    found = json.loads(_python(installed, "doctor", "--json"))
+    doctor = doctor_of(installed)
+    assert doctor.returncode == 0, doctor.stderr
+    found = json.loads(doctor.stdout)
     assert "/no/such/compiler" in found["native"]["reason"], "the doctor repeats the reason"
 
 
@@ -71,18 +75,7 @@ def test_a_wheel_has_kernels_and_types_and_needs_no_source(source: Path, tmp_pat
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     installed = tmp_path / "installed"
     files.extractall(installed)
-    found = json.loads(_python(installed, "doctor", "--json"))
+    doctor = doctor_of(installed)
+    assert doctor.returncode == 0, doctor.stderr
+    found = json.loads(doctor.stdout)
     assert found["native"]["path"].startswith(str(installed)) and found["self_test"]["passed"]
-
-
-def _python(installed: Path, *words: str) -> str:
-    """The command line of the package in a folder, whatever an editable install would give."""
-    run = ("import runpy, sys; "
-           "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]; "
-           f"sys.argv[1:] = {list(words)!r}; runpy.run_module('lowp', run_name='__main__')")
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("LOWP_")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", run], capture_output=True,
-                          text=True, timeout=120, cwd=installed,
-                          env={**plain, "PYTHONPATH": str(installed)})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
