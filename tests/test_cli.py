@@ -288,14 +288,14 @@ def test_compare_wants_four_different_arms(files: Path) -> None:
 def test_the_recipe_reaches_every_linear_layer(precision: str) -> None:
     for kind in ("lstm", "transformer"):
         settings = config.resolve({"precision": {"linear": precision}, "model": {"kind": kind}})
-        model = experiment.build_model(settings, 100, 3)
+        model = experiment.build_model(settings, torch.arange(100), 3)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         assert layers
         for name, layer in layers.items():
             assert isinstance(layer, lowp.Linear)
             assert layer.noise_id == lowp.key.tensor_id(name)
         assert precision in {layer.recipe.name for layer in layers.values()}
-        plain = experiment.build_model(compare.full_precision(settings), 100, 3)
+        plain = experiment.build_model(compare.full_precision(settings), torch.arange(100), 3)
         assert not any(isinstance(m, lowp.Linear) for m in plain.modules())
         for name, weight in plain.state_dict().items():
             ours = model.state_dict()[name]

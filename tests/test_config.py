@@ -36,8 +36,9 @@ def test_yaml_round_trip_keeps_everything() -> None:
 
 def test_the_hybrid_example_of_every_kind_resolves() -> None:
     kinds = [{"kind": kind} for kind in (
-        "supervised", "language_model", "span_corruption", "denoising", "contrastive",
-        "pseudo_label", "consistency", "uda", "mean_teacher", "virtual_adversarial", "entropy")]
+        "supervised", "class_lm", "evidence_bound", "language_model", "span_corruption",
+        "denoising", "contrastive", "pseudo_label", "consistency", "uda", "mean_teacher",
+        "virtual_adversarial", "entropy")]
     settings = resolve({"objectives": kinds, "model": {"kind": "lstm"}})
     weights = {o.kind: o.weight for o in settings.objectives}
     assert weights["entropy"] == 0.06 and weights["mean_teacher"].end == 10.0

@@ -44,8 +44,8 @@ def finish(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[dic
     return summary, folder.records()
 
 
-COMMON = ["contrastive", "pseudo_label", "consistency", "uda", "mean_teacher",
-          "virtual_adversarial", "entropy"]
+COMMON = ["class_lm", "evidence_bound", "contrastive", "pseudo_label", "consistency", "uda",
+          "mean_teacher", "virtual_adversarial", "entropy"]
 
 
 @pytest.mark.parametrize(("model", "mixing"), [

@@ -63,6 +63,9 @@ class Bag(nn.Module):
     def token_logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.words.t()
 
+    def class_token_logits(self) -> Tensor:
+        return self.classes @ self.words.t()
+
     def span_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         return self.encode(tokens, lengths) @ self.ends.t()
 

@@ -71,6 +71,10 @@ def _objective(settings: schema.Objective, around: Surroundings) -> Any:
             annealing = None if settings.annealing is None else \
                 objectives.SignalAnnealing(around.steps, settings.annealing)
             return objectives.Supervised(settings.label_smoothing, annealing)
+        case schema.ClassLM():
+            return objectives.ClassLM()
+        case schema.EvidenceBound():
+            return objectives.EvidenceBound(settings.beta)
         case schema.LanguageModel():
             if around.is_causal:
                 return objectives.CausalLM()

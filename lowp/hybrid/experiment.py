@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowp.hybrid import checkpoint, config, curves, ranks
@@ -69,8 +69,13 @@ def fingerprint(corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def build_model(settings: config.Config, vocab_size: int, classes: int) -> nn.Module:
-    """The network with weights of the seed; every lowp layer is keyed by its qualified name."""
+def build_model(settings: config.Config, frequencies: Tensor, classes: int) -> nn.Module:
+    """The network with weights of the seed; every lowp layer is keyed by its qualified name.
+
+    Args:
+        frequencies: how often each token of the vocabulary occurs; a language model starts from
+            them, so that no step is spent on learning which tokens are frequent.
+    """
     model, linear = settings.model, settings.precision.linear
     torch.manual_seed(settings.seed)
     numbers: dict[str, Any] = {
@@ -80,12 +85,14 @@ def build_model(settings: config.Config, vocab_size: int, classes: int) -> nn.Mo
     network: nn.Module
     if model.kind == "lstm":
         network = LSTMClassifier(
-            vocab_size, classes, embedding=model.embedding, hidden=model.width,
+            len(frequencies), classes, embedding=model.embedding, hidden=model.width,
             layers=model.layers, bidirectional=model.bidirectional, **numbers)
     else:
         network = TransformerEncoder(
-            vocab_size, classes, width=model.width, depth=model.layers, heads=model.heads,
+            len(frequencies), classes, width=model.width, depth=model.layers, heads=model.heads,
             max_length=settings.data.max_length, **numbers)
+    likely = (frequencies + 1) / (frequencies + 1).sum()
+    network.lm_bias.data.copy_(likely.log())
     if settings.precision.weights == "bf16":
         network = network.to(torch.bfloat16)
     for name, module in network.named_modules():
@@ -177,7 +184,11 @@ def build(settings: config.Config) -> Experiment:
     trained, kept = split_labelled(labels, data.validation, data.seed)
     classes = len(corpus.classes)
     sentinels = range(tokenizer.vocab_size, tokenizer.vocab_size + sentinels_needed(settings))
-    model = build_model(settings, tokenizer.vocab_size + len(sentinels), classes)
+    # The labelled texts are read by the unsupervised objectives too, without their labels.
+    without_labels = [(tokens, None) for tokens in [*unlabelled, *(labelled[i] for i in trained)]]
+    tokens = torch.tensor([token for text, _ in without_labels for token in text])
+    frequencies = tokens.bincount(minlength=tokenizer.vocab_size + len(sentinels))
+    model = build_model(settings, frequencies, classes)
     compile_model(model, settings.compile)
     if settings.shard:
         shard(model)
@@ -185,12 +196,9 @@ def build(settings: config.Config) -> Experiment:
                        settings.eval_batch_size)
     validate = HeldOut([labelled[i] for i in kept], [labels[i] for i in kept], classes,
                        settings.eval_batch_size) if kept else None
-    # The labelled texts are read by the unsupervised objectives too, without their labels.
-    without_labels = [(tokens, None) for tokens in [*unlabelled, *(labelled[i] for i in trained)]]
-    tokens = torch.tensor([token for text, _ in without_labels for token in text])
     around = Surroundings(
         steps=settings.steps, is_causal=bool(model.is_causal), classes=classes,
-        samples=len(without_labels), frequencies=tokens.bincount(minlength=tokenizer.vocab_size),
+        samples=len(without_labels), frequencies=frequencies,
         continues=tokenizer.continues(), sentinels=sentinels, seed=settings.seed)
     terms = [build_objective(o, around) for o in settings.objectives]
     rank, world_size = ranks.rank(), ranks.world_size()

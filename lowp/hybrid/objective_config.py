@@ -53,6 +53,22 @@ class Supervised(_Objective):
         default=None, description="how fast labelled texts that are learned already count again")
 
 
+class ClassLM(_Objective):
+    """The tokens of a labelled text, given its class."""
+
+    kind: Literal["class_lm"]
+    weight: Weight = Field(default=0.3, description="its factor in the sum of the losses")
+
+
+class EvidenceBound(_Objective):
+    """The tokens of an unlabelled text under the class that is inferred; wants class_lm."""
+
+    kind: Literal["evidence_bound"]
+    weight: Weight = Field(
+        default=Ramp(fraction=0.1), description="its factor in the sum of the losses")
+    beta: float = Field(default=0.3, gt=0, le=1, description="how far the words' odds are believed")
+
+
 class LanguageModel(_Objective):
     """Next-token modelling for an LSTM, masked-token modelling for a transformer."""
 
@@ -151,13 +167,13 @@ class Entropy(_Objective):
 
 
 Objective = Annotated[
-    Supervised | LanguageModel | SpanCorruption | Denoising | Contrastive | PseudoLabel
-    | Consistency | UDA | MeanTeacher | VirtualAdversarial | Entropy,
+    Supervised | ClassLM | EvidenceBound | LanguageModel | SpanCorruption | Denoising
+    | Contrastive | PseudoLabel | Consistency | UDA | MeanTeacher | VirtualAdversarial | Entropy,
     Field(discriminator="kind"),
 ]
 WRITING = ("span_corruption", "denoising")  # what only a model that writes text can do
 SELF_LABELLED = ("pseudo_label", "consistency", "uda", "mean_teacher", "virtual_adversarial",
-                 "entropy")
+                 "entropy", "evidence_bound")
 
 
 class Mixing(Section):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lowp.hybrid import ranks
 
-METHODS = ("encode", "classify", "token_logits", "decode", "span_logits")
+METHODS = ("encode", "classify", "token_logits", "class_token_logits", "decode", "span_logits")
 
 
 def shard(model: nn.Module) -> nn.Module:

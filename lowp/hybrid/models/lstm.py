@@ -65,7 +65,8 @@ class LSTMClassifier(nn.Module):
         self.head = linear(2 * width, num_classes, "head")
         if self.is_causal:
             self.lm_transform = linear(width, embedding, "lm_transform")
-            self.lm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.lm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.class_embedding = nn.Parameter(torch.zeros(num_classes, embedding))
 
     def encode(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states [B, T, H] of tokens [B, T], 0 on padding; H twice as wide both ways."""
@@ -102,6 +103,11 @@ class LSTMClassifier(nn.Module):
             raise ValueError("lowp.hybrid.LSTMClassifier: a bidirectional LSTM has seen the next "
                              "token; expected bidirectional=False for a language model")
         return nn.functional.linear(self.lm_transform(hidden), self.embedding.weight, self.lm_bias)
+
+    def class_token_logits(self) -> Tensor:
+        """Logits [C, V], fp32, of the tokens of each class's texts, whatever their order."""
+        embedding, bias = self.embedding.weight.float(), self.lm_bias.float()
+        return nn.functional.linear(self.class_embedding.float(), embedding, bias)
 
     def lm_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Logits [B, T, V] of the token after each position; those on padding mean nothing."""

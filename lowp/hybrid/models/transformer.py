@@ -117,6 +117,7 @@ class TransformerEncoder(nn.Module):
                                        name="lm_transform")
         self.lm_norm = nn.LayerNorm(width)
         self.lm_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.class_embedding = nn.Parameter(torch.zeros(num_classes, width))
 
     def encode(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states [B, T, W] of tokens [B, T], 0 on padding.
@@ -155,6 +156,11 @@ class TransformerEncoder(nn.Module):
         """Logits [..., V] of hidden states [..., W]."""
         transformed = self.lm_norm(self.lm_transform(hidden))
         return nn.functional.linear(transformed, self.embedding.weight, self.lm_bias)
+
+    def class_token_logits(self) -> Tensor:
+        """Logits [C, V], fp32, of the tokens of each class's texts, whatever their order."""
+        embedding, bias = self.embedding.weight.float(), self.lm_bias.float()
+        return nn.functional.linear(self.class_embedding.float(), embedding, bias)
 
     def lm_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Logits [B, T, V] of the token at each position; those on padding mean nothing."""

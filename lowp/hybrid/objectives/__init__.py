@@ -7,10 +7,12 @@ An objective is called with a model and a batch and gives an :class:`ObjectiveRe
 
 from lowp.hybrid.objectives.annealing import SignalAnnealing
 from lowp.hybrid.objectives.causal_lm import CausalLM
+from lowp.hybrid.objectives.class_lm import ClassLM
 from lowp.hybrid.objectives.consistency import Consistency
 from lowp.hybrid.objectives.contrastive import Contrastive
 from lowp.hybrid.objectives.denoising import Denoising
 from lowp.hybrid.objectives.entropy import EntropyMinimization
+from lowp.hybrid.objectives.evidence_bound import EvidenceBound
 from lowp.hybrid.objectives.flexmatch import FlexMatch
 from lowp.hybrid.objectives.freematch import FreeMatch
 from lowp.hybrid.objectives.masked_lm import MaskedLM
@@ -28,10 +30,12 @@ from lowp.hybrid.objectives.virtual_adversarial import VirtualAdversarial
 __all__ = [
     "UDA",
     "CausalLM",
+    "ClassLM",
     "Consistency",
     "Contrastive",
     "Denoising",
     "EntropyMinimization",
+    "EvidenceBound",
     "FixedThreshold",
     "FlexMatch",
     "FreeMatch",
