@@ -34,7 +34,7 @@ void update(const AdamWArgs a, const AdamWScalars s, const float* g, float* p, f
   }
 }
 
-void update_run(const AdamWArgs& a, int64_t index, const Run& r) {
+__attribute__((noinline)) void update_run(const AdamWArgs& a, int64_t index, const Run& r) {
   const AdamWTensor& t = a.tensors[index];
   float p[kRun], g[kRun], m[kRun], v[kRun], v_max[kRun];
   const MasterWeight master = master_of(a.masters, index);
@@ -67,8 +67,8 @@ void adamw(const AdamWArgs& a) {
     const bool plain =
         t.max_exp_avg_sq != nullptr || master_of(a.masters, index).kind != int64_t(Master::none);
     if (!plain && t.state_type != int64_t(State::codes)) {
-      return update_floats(a, a.scalars[index], t, r,
-                           [&](const Run& rest) { update_run(a, index, rest); });
+      return update_pairs(a, a.scalars[index], t, r,
+                          [&](const Run& rest) { update_run(a, index, rest); });
     }
 #endif
     update_run(a, index, r);

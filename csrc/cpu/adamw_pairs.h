@@ -6,6 +6,9 @@
 namespace lowp {
 namespace LOWP_ISA {
 
+constexpr int kStep = kGroups * kDrawsPerCall;  // elements at a time, as many as draws are made
+constexpr int kPairs = kStep / kPair;
+
 struct AdamWFactors {
   explicit AdamWFactors(const AdamWArgs& a, const AdamWScalars& s)
       : sign(a.maximize ? -a.inv_scale : a.inv_scale),
@@ -19,79 +22,95 @@ struct AdamWFactors {
   const float sign, coupled, fresh1, fresh2, inv_sqrt_bc2, eps, decay, step_size;
 };
 
-struct AdamWPair {
-  Pair p, m, v, root;
-};
-
-// The formula of adamw.cpp. check: gets the squares added of what was computed.
-static inline void update_lanes(const AdamWFactors& f, Vec g, Vec& p, Vec& m, Vec& v, Vec& root,
-                                Vec& check) {
+// The formula of adamw.cpp, but for the last line: gives first / denominator.
+static inline Vec update_moments(const AdamWFactors& f, Vec g, Vec p, Vec& m, Vec& v, Vec& root) {
   Vec grad = g * f.sign;
   if (f.coupled != 0.0f) grad += p * f.coupled;
   m = m + (grad - m) * f.fresh1;
   v = v + (grad * grad - v) * f.fresh2;
   root = square_root(v);
-  p = p * f.decay - (m / (root * f.inv_sqrt_bc2 + f.eps)) * f.step_size;
-  check = multiply_add(v, v, multiply_add(m, m, multiply_add(p, p, check)));
+  return m / (root * f.inv_sqrt_bc2 + f.eps);
 }
 
-// What is drawn for a run: weights (role 0), moments (1 and 2), or null.
-class AdamWDraws {
+static inline Vec add_squares(Vec p, Vec m, Vec v, Vec sum) {
+  return multiply_add(v, v, multiply_add(m, m, multiply_add(p, p, sum)));
+}
+
+// What is drawn of a run, by a format each of weights (role 0) and moments (roles 1 and 2).
+template <class Param, class Moment>
+class AdamWDraws : public DrawStream<Param::drawn + 2 * Moment::drawn> {
  public:
-  AdamWDraws(const AdamWArgs& a, const AdamWTensor& t, const Run& r) {
-    const bool weight = a.rounding == Rounding::stochastic && t.param_type != int64_t(Float::fp32);
-    const bool state =
-        a.state_rounding == Rounding::stochastic && t.state_type != int64_t(State::fp32);
-    PhiloxKey key{a.seed, static_cast<uint32_t>(t.step), static_cast<uint32_t>(t.id), 0};
-    const int64_t element = t.offset + r.begin;
-    if (weight && state) {
-      p = draws_.fill<3>(key, element, r.n);
-      m = p + draws_.stride();
-    } else if (weight) {
-      p = draws_.fill<1>(key, element, r.n);
-    } else if (state) {
-      key.role = 1;
-      m = draws_.fill<2>(key, element, r.n);
-    }
-    if (state) v = m + draws_.stride();
-  }
-  AdamWDraws(const AdamWDraws&) = delete;
-
-  const uint16_t *p = nullptr, *m = nullptr, *v = nullptr;
-
- private:
-  RoleDraws<3> draws_;
+  AdamWDraws(const AdamWArgs& a, const AdamWTensor& t, const Run& r)
+      : DrawStream<Param::drawn + 2 * Moment::drawn>(
+            PhiloxKey{a.seed, static_cast<uint32_t>(t.step), static_cast<uint32_t>(t.id),
+                      Param::drawn ? 0u : 1u},
+            t.offset + r.begin) {}
+  const uint16_t* of_param(int i) const { return this->of(0, i); }
+  const uint16_t* of_exp_avg(int i) const { return this->of(Param::drawn, i); }
+  const uint16_t* of_exp_avg_sq(int i) const { return this->of(Param::drawn + 1, i); }
 };
 
-static inline const uint16_t* after(const uint16_t* draws, int i) {
-  return draws == nullptr ? nullptr : draws + i;
-}
-
 // States of floats. Elements that became special, or near to it, go to plain(run).
-template <class Plain>
-static inline void update_floats(const AdamWArgs& a, const AdamWScalars& scalars,
-                                 const AdamWTensor& t, const Run& r, const Plain& plain) {
+template <class Param, class Moment, class Plain>
+static inline void update_floats(Param param, Moment moment, const AdamWArgs& a,
+                                 const AdamWScalars& scalars, const AdamWTensor t, const Run r,
+                                 const Plain& plain) {
   const AdamWFactors f(a, scalars);
-  const AdamWDraws draws(a, t, r);
-  const Float param = Float(t.param_type), state = Float(t.state_type), grad = Float(t.grad_type);
+  const Float grad = Float(t.grad_type);
+  AdamWDraws<Param, Moment> draws(a, t, r);
   int i = 0;
-  for (; i + kPair <= r.n; i += kPair) {
-    const int64_t at = r.begin + i;
-    const Pair g = load_pair(t.grad, grad, at);
-    Pair p = load_pair(t.param, param, at), m = load_pair(t.exp_avg, state, at);
-    Pair v = load_pair(t.exp_avg_sq, state, at), root;
+  for (; i + kStep <= r.n; i += kStep) {
+    const int64_t begin = r.begin + i;
+    Pair p[kPairs], m[kPairs], v[kPairs], quotient[kPairs];
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) {
+      const int64_t at = begin + k * kPair;
+      prefetch_pair(t.grad, grad == Float::fp32 ? 4 : 2, at);
+      prefetch_pair(t.param, Param::size, at);
+      prefetch_pair(t.exp_avg, Moment::size, at);
+      prefetch_pair(t.exp_avg_sq, Moment::size, at);
+      const Pair g = load_pair(t.grad, grad, at);
+      p[k] = load_pair<Param::type>(t.param, at);
+      m[k] = load_pair<Moment::type>(t.exp_avg, at);
+      v[k] = load_pair<Moment::type>(t.exp_avg_sq, at);
+      Vec root;
+      quotient[k].even = update_moments(f, g.even, p[k].even, m[k].even, v[k].even, root);
+      quotient[k].odd = update_moments(f, g.odd, p[k].odd, m[k].odd, v[k].odd, root);
+    }
+    draws.advance(i);
     Vec check = all(1.0f);
-    update_lanes(f, g.even, p.even, m.even, v.even, root.even, check);
-    update_lanes(f, g.odd, p.odd, m.odd, v.odd, root.odd, check);
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) {
+      p[k].even = p[k].even * f.decay - quotient[k].even * f.step_size;
+      p[k].odd = p[k].odd * f.decay - quotient[k].odd * f.step_size;
+      check = add_squares(p[k].even, m[k].even, v[k].even, check);
+      check = add_squares(p[k].odd, m[k].odd, v[k].odd, check);
+    }
     if (!is_finite(check)) {
-      plain(Run{at, 0, kPair});
+      plain(Run{begin, 0, kStep});
       continue;
     }
-    store_pair(p, after(draws.p, i), param, at, t.param);
-    store_pair(m, after(draws.m, i), state, at, t.exp_avg);
-    store_pair(v, after(draws.v, i), state, at, t.exp_avg_sq);
+#pragma GCC unroll 2
+    for (int k = 0; k < kPairs; ++k) {
+      const int of = i + k * kPair;
+      const int64_t at = r.begin + of;
+      store_pair(param, p[k], draws.of_param(of), t.param, at);
+      store_pair(moment, m[k], draws.of_exp_avg(of), t.exp_avg, at);
+      store_pair(moment, v[k], draws.of_exp_avg_sq(of), t.exp_avg_sq, at);
+    }
   }
   if (i < r.n) plain(Run{r.begin + i, 0, r.n - i});
+}
+
+template <class Plain>
+static inline void update_pairs(const AdamWArgs& a, const AdamWScalars& scalars,
+                                const AdamWTensor& t, const Run& r, const Plain& plain) {
+  const uint64_t first = static_cast<uint64_t>(t.offset + r.begin) / kDrawsPerCall;
+  if (!is_one_stretch(first, kRun / kDrawsPerCall + 2 * kGroups)) return plain(r);
+  with_format(Float(t.param_type), a.rounding == Rounding::stochastic, [&](auto param) {
+    with_format(Float(t.state_type), a.state_rounding == Rounding::stochastic,
+                [&](auto moment) { update_floats(param, moment, a, scalars, t, r, plain); });
+  });
 }
 
 }  // namespace LOWP_ISA

@@ -54,85 +54,139 @@ constexpr int kGroups = sizeof(Words) / 8;  // in the order that store_pairs put
 static inline uint32_t low_word(uint64_t x) { return static_cast<uint32_t>(x); }
 static inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
-// The draws of groups first .. first+groups-1 in kRoles consecutive roles from key.role on, and
-// those that fill up the last vector, in order; a role's begin `stride` words behind the last's.
+// The draws of groups first, first+1, ... in kRoles consecutive roles from key.role on, kGroups of
+// them at a time; the high word of the group may not change.
 //
 // Of a counter only the low word of the group differs between the groups, and only the second word
 // between the roles. So the first two rounds are one product each for all roles, and half of the
 // third is.
 template <int kRoles>
-static inline void fill_draws(const PhiloxKey& key, uint64_t first, int groups, uint64_t* out,
-                              int64_t stride) {
-  const uint64_t left = (uint64_t{1} << 32) - low_word(first);
-  if (left < static_cast<uint64_t>(groups)) {  // the rest has another high word
-    fill_draws<kRoles>(key, first, static_cast<int>(left), out, stride);
-    return fill_draws<kRoles>(key, first + left, groups - static_cast<int>(left), out + 2 * left,
-                              stride);
+class Generator {
+ public:
+  Generator(const PhiloxKey& key, uint64_t first) : groups_(words(first) + order()) {
+    uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+    for (uint32_t r = 0; r < kPhiloxRounds; ++r) {
+      k0[r] = low_word(key.seed) + r * kPhiloxW0;
+      k1[r] = high_word(key.seed) + r * kPhiloxW1;
+      k0_[r] = words(k0[r]);
+      k1_[r] = words(k1[r]);
+    }
+    const uint64_t of_step = uint64_t{kPhiloxM1} * key.step;
+    k1_[0] = words(key.tensor ^ k1[0]);
+    k0_[1] = words(low_word(of_step) ^ k0[1]);
+    for (uint32_t i = 0; i < kRoles; ++i) {
+      const uint32_t c1 = (high_word(first) & 0xFFFFu) | ((key.role + i) << 16);
+      const uint64_t p = uint64_t{kPhiloxM0} * (high_word(of_step) ^ c1 ^ k0[0]);
+      second_[i] = words(high_word(p) ^ k1[1]);
+      third_[i] = words(low_word(p) ^ k1[2]);
+    }
   }
-  const Words m0 = words(kPhiloxM0), m1 = words(kPhiloxM1), low_half = words(0xFFFFFFFFu);
-  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
-  for (uint32_t r = 0; r < kPhiloxRounds; ++r) {
-    k0[r] = low_word(key.seed) + r * kPhiloxW0;
-    k1[r] = high_word(key.seed) + r * kPhiloxW1;
-  }
-  const uint64_t of_step = uint64_t{kPhiloxM1} * key.step;
-  Words second[kRoles], third[kRoles];  // what is xored to word 2 in rounds 2 and 3
-  for (uint32_t i = 0; i < kRoles; ++i) {
-    const uint32_t c1 = (high_word(first) & 0xFFFFu) | ((key.role + i) << 16);
-    const uint64_t p = uint64_t{kPhiloxM0} * (high_word(of_step) ^ c1 ^ k0[0]);
-    second[i] = words(high_word(p) ^ k1[1]);
-    third[i] = words(low_word(p) ^ k1[2]);
-  }
-  for (int done = 0; done < groups; done += kGroups, out += 2 * kGroups) {
-    const Words a = multiply(words(first + static_cast<uint64_t>(done)) + order(), m0);
-    const Words b = multiply(upper(a) ^ words(key.tensor ^ k1[0]), m1);
-    const Words c = multiply(upper(b) ^ words(low_word(of_step) ^ k0[1]), m0);
+
+  // A role's draws begin `stride` words behind the last's.
+  void next(uint64_t* out, int64_t stride) {
+    const Words m0 = words(kPhiloxM0), m1 = words(kPhiloxM1), low_half = words(0xFFFFFFFFu);
+    const Words a = multiply(groups_, m0);
+    const Words b = multiply(upper(a) ^ k1_[0], m1);
+    const Words c = multiply(upper(b) ^ k0_[1], m0);
+    groups_ += words(kGroups);
 #pragma GCC unroll 4
     for (int i = 0; i < kRoles; ++i) {
-      Words p0 = c, p1 = multiply(a ^ second[i], m1), c1 = p1, c3 = p0;
-      Words c0 = exclusive_or(upper(p1), b, words(k0[2])), c2 = upper(p0) ^ third[i];
+      Words p0 = c, p1 = multiply(a ^ second_[i], m1), c1 = p1, c3 = p0;
+      Words c0 = exclusive_or(upper(p1), b, k0_[2]), c2 = upper(p0) ^ third_[i];
+      constexpr int kLast = kPhiloxRounds - 1;
 #pragma GCC unroll 4
-      for (int r = 3; r < kPhiloxRounds - 1; ++r) {
+      for (int r = 3; r < kLast; ++r) {
         p0 = multiply(c0, m0);
         p1 = multiply(c2, m1);
-        c0 = exclusive_or(upper(p1), c1, words(k0[r]));
-        c2 = exclusive_or(upper(p0), c3, words(k1[r]));
+        c0 = exclusive_or(upper(p1), c1, k0_[r]);
+        c2 = exclusive_or(upper(p0), c3, k1_[r]);
         c1 = p1;
         c3 = p0;
       }
-      constexpr int kLast = kPhiloxRounds - 1;
       p0 = multiply(c0, m0);
       p1 = multiply(c2, m1);
-      store_pairs(out + i * stride, swapped(p1) ^ ((c1 ^ words(k0[kLast])) & low_half),
-                  swapped(p0) ^ ((c3 ^ words(k1[kLast])) & low_half));
+      store_pairs(out + i * stride, swapped(p1) ^ ((c1 ^ k0_[kLast]) & low_half),
+                  swapped(p0) ^ ((c3 ^ k1_[kLast]) & low_half));
     }
   }
+
+ private:
+  Words groups_;
+  Words k0_[kPhiloxRounds], k1_[kPhiloxRounds];  // round keys, and what else a round adds
+  Words second_[kRoles], third_[kRoles];         // word 2 in rounds 2 and 3
+};
+
+// Whether a generator can begin at group `first` and give that many.
+static inline bool is_one_stretch(uint64_t first, int groups) {
+  return low_word(first) <= 0xFFFFFFFFu - static_cast<uint32_t>(groups);
 }
 
-// Draws of the n <= kRun elements that start at global index `element`, in kRoles consecutive roles
-// from key.role on; those of the first.
-template <int kMostRoles>
-class RoleDraws {
+// The draws of groups first .. first+groups-1, and those that fill up the last vector, in order.
+static inline void fill_draws(const PhiloxKey& key, uint64_t first, int groups, uint64_t* out) {
+  const uint64_t left = (uint64_t{1} << 32) - low_word(first);
+  if (left < static_cast<uint64_t>(groups)) {
+    fill_draws(key, first, static_cast<int>(left), out);
+    return fill_draws(key, first + left, groups - static_cast<int>(left), out + 2 * left);
+  }
+  Generator<1> generator(key, first);
+  for (int done = 0; done < groups; done += kGroups) generator.next(out + 2 * done, 0);
+}
+
+// Draws of the n <= kRun elements that start at global index `element`.
+class Draws {
  public:
-  template <int kRoles = kMostRoles>
   const uint16_t* fill(const PhiloxKey& key, int64_t element, int n) {
     const int skip = static_cast<int>(element % kDrawsPerCall);
-    fill_draws<kRoles>(key, static_cast<uint64_t>(element / kDrawsPerCall),
-                       (skip + n + kDrawsPerCall - 1) / kDrawsPerCall, buffer_.pairs, 2 * kMost);
+    fill_draws(key, static_cast<uint64_t>(element / kDrawsPerCall),
+               (skip + n + kDrawsPerCall - 1) / kDrawsPerCall, buffer_.pairs);
     return buffer_.draws + skip;
   }
 
-  static constexpr int64_t stride() { return 8 * kMost; }  // from one role's draws to the next's
-
  private:
   static constexpr int kMost = kRun / kDrawsPerCall + 1 + kGroups;  // groups
-  union {  // little-endian: the low half of a word is the earlier draw
-    uint64_t pairs[kMostRoles * 2 * kMost];
-    uint16_t draws[kMostRoles * 8 * kMost];
+  alignas(64) union {  // little-endian: the low half of a word is the earlier draw
+    uint64_t pairs[2 * kMost];
+    uint16_t draws[8 * kMost];
   } buffer_;
 };
 
-using Draws = RoleDraws<1>;
+// Draws of consecutive elements in kRoles consecutive roles, made just before they are used, so
+// that they are computed while the update waits for a division.
+template <int kRoles>
+class DrawStream {
+ public:
+  static constexpr int kStep = kGroups * kDrawsPerCall;
+
+  DrawStream(const PhiloxKey& key, int64_t element)
+      : generator_(key, static_cast<uint64_t>(element / kDrawsPerCall)),
+        skip_(static_cast<int>(element % kDrawsPerCall)) {
+    generator_.next(buffer_.pairs, kStride);
+  }
+
+  // Makes draws up to those of element done + kStep of the run.
+  void advance(int done) { generator_.next(buffer_.pairs + (done + kStep) / 4, kStride); }
+
+  const uint16_t* of(int role, int i) const {
+    return buffer_.draws + 4 * kStride * role + skip_ + i;
+  }
+
+ private:
+  static constexpr int64_t kStride = (kRun + 2 * kStep) / 4;
+  Generator<kRoles> generator_;
+  const int skip_;
+  alignas(64) union {  // little-endian: the low half of a word is the earlier draw
+    uint64_t pairs[kRoles * kStride];
+    uint16_t draws[kRoles * 4 * kStride];
+  } buffer_;
+};
+
+template <>
+class DrawStream<0> {
+ public:
+  DrawStream(const PhiloxKey&, int64_t) {}
+  void advance(int) {}
+  const uint16_t* of(int, int) const { return nullptr; }
+};
 
 }  // namespace LOWP_ISA
 }  // namespace lowp

@@ -140,12 +140,44 @@ static inline Pair from_upper_halves(Bits x) {
   return {as_floats(x << 16), as_floats(x & 0xFFFF0000u)};
 }
 
-static inline Pair load_pair(const void* x, Float type, int64_t begin) {
+// How elements of one tensor are stored.
+template <Float kFloat, bool kDrawn>
+struct Format {
+  static constexpr Float type = kFloat;
+  static constexpr bool drawn = kDrawn;
+  static constexpr int64_t size = kFloat == Float::fp32 ? 4 : 2;
+};
+
+// body(format) for one of the five formats
+template <class Body>
+static inline void with_format(Float type, bool drawn, const Body& body) {
+  if (type == Float::fp32) return body(Format<Float::fp32, false>{});
+  if (type == Float::bf16) {
+    return drawn ? body(Format<Float::bf16, true>{}) : body(Format<Float::bf16, false>{});
+  }
+  return drawn ? body(Format<Float::fp16, true>{}) : body(Format<Float::fp16, false>{});
+}
+
+template <Float kType>
+static inline Pair load_pair(const void* x, int64_t begin) {
   const uint16_t* halves = static_cast<const uint16_t*>(x) + begin;
-  if (type == Float::bf16) return from_upper_halves(load_bits(halves));
-  if (type == Float::fp16) return split(load_fp16(halves), load_fp16(halves + kLanes));
   const float* floats = static_cast<const float*>(x) + begin;
-  return split(load(floats), load(floats + kLanes));
+  if (kType == Float::fp32) return split(load(floats), load(floats + kLanes));
+  if (kType == Float::bf16) return from_upper_halves(load_bits(halves));
+  return split(load_fp16(halves), load_fp16(halves + kLanes));
+}
+
+static inline Pair load_pair(const void* x, Float type, int64_t begin) {
+  if (type == Float::bf16) return load_pair<Float::bf16>(x, begin);
+  if (type == Float::fp16) return load_pair<Float::fp16>(x, begin);
+  return load_pair<Float::fp32>(x, begin);
+}
+
+// The elements that a loop over pairs comes to in 2 KB: the machine's own prefetching starts anew
+// in every page, of four tensors at a time.
+static inline void prefetch_pair(const void* x, int64_t size, int64_t begin) {
+  const char* from = static_cast<const char*>(x) + begin * size + 2048;
+  for (int64_t i = 0; i < kPair * size; i += 64) __builtin_prefetch(from + i);
 }
 
 // |x| below 2^64 as an fp16 code in the low half; draw: 0 .. 65535. As float_to_fp16_sr: a
@@ -157,26 +189,27 @@ static inline Bits fp16_magnitude_sr(Vec x, Bits draw) {
   return least(a < (113u << 23) ? tiny : normal, normal - normal + 0x7BFFu);
 }
 
-// Values below 2^64, so neither NaN nor Inf. draws: two a 32-bit lane, or null for nearest.
-static inline void store_pair(Pair x, const uint16_t* draws, Float type, int64_t begin, void* y) {
+// Values below 2^64, so neither NaN nor Inf. draws: two a 32-bit lane, if the format is drawn.
+template <class Format>
+static inline void store_pair(Format, Pair x, const uint16_t* draws, void* y, int64_t begin) {
   uint16_t* halves = static_cast<uint16_t*>(y) + begin;
-  Bits even = as_bits(x.even), odd = as_bits(x.odd), out;
-  if (type == Float::fp32 || (type == Float::fp16 && draws == nullptr)) {
+  const Bits even = as_bits(x.even), odd = as_bits(x.odd);
+  Bits out;
+  if (Format::type == Float::fp32) {
     const Pair values = merged(x);
-    if (type == Float::fp32) {
-      store(static_cast<float*>(y) + begin, values.even);
-      store(static_cast<float*>(y) + begin + kLanes, values.odd);
-    } else {
-      store_fp16(halves, values.even);
-      store_fp16(halves + kLanes, values.odd);
-    }
+    store(static_cast<float*>(y) + begin, values.even);
+    store(static_cast<float*>(y) + begin + kLanes, values.odd);
     return;
   }
-  if (draws == nullptr) {
-    even += 0x7FFFu + (even >> 16 & 1u);
-    odd += 0x7FFFu + (odd >> 16 & 1u);
-    out = upper_halves(even, odd);
-  } else if (type == Float::bf16) {
+  if (Format::type == Float::fp16 && !Format::drawn) {
+    const Pair values = merged(x);
+    store_fp16(halves, values.even);
+    store_fp16(halves + kLanes, values.odd);
+    return;
+  }
+  if (!Format::drawn) {
+    out = upper_halves(even + (even >> 16 & 1u) + 0x7FFFu, odd + (odd >> 16 & 1u) + 0x7FFFu);
+  } else if (Format::type == Float::bf16) {
     const Bits draw = load_bits(draws);
     out = upper_halves(even + (draw & 0xFFFFu), odd + (draw >> 16));
   } else {
