@@ -66,7 +66,7 @@ void adamw(const AdamWArgs& a) {
     const AdamWTensor& t = a.tensors[index];
     const bool plain =
         t.max_exp_avg_sq != nullptr || master_of(a.masters, index).kind != int64_t(Master::none);
-    if (!plain && t.state_type != int64_t(State::codes)) {
+    if (!plain) {
       return update_pairs(a, a.scalars[index], t, r,
                           [&](const Run& rest) { update_run(a, index, rest); });
     }

@@ -4,7 +4,6 @@
 #pragma once
 #include "cpu/vector.h"
 #include "kernel.h"
-#include "numerics/codec.h"
 #include "numerics/platform.h"
 
 namespace lowp {
@@ -12,7 +11,6 @@ namespace LOWP_ISA {
 
 constexpr int kPair = 2 * kLanes;
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-using Shorts = int16_t __attribute__((vector_size(4 * kLanes)));
 
 struct Pair {
   Vec even, odd;
@@ -57,20 +55,6 @@ static inline Vec load_fp16(const uint16_t* x) {
 static inline void store_fp16(uint16_t* y, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline Shorts load_signed_bytes(const int8_t* x) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return reinterpret_cast<Shorts>(_mm512_cvtepi8_epi16(bytes));
-}
-static inline Shorts load_unsigned_bytes(const uint8_t* x) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return reinterpret_cast<Shorts>(_mm512_cvtepu8_epi16(bytes));
-}
-static inline void store_bytes(void* y, Shorts x) {
-  _mm256_storeu_si256(static_cast<__m256i*>(y), _mm512_cvtepi16_epi8(reinterpret_cast<__m512i>(x)));
-}
-static inline bool any_below(Shorts x, int16_t limit) {
-  return _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(x), _mm512_set1_epi16(limit)) != 0;
-}
 #else
 static inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
 static inline Vec subtract_product(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
@@ -107,24 +91,6 @@ static inline Vec load_fp16(const uint16_t* x) {
 }
 static inline void store_fp16(uint16_t* y, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-static inline Shorts load_signed_bytes(const int8_t* x) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(bytes));
-}
-static inline Shorts load_unsigned_bytes(const uint8_t* x) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return reinterpret_cast<Shorts>(_mm256_cvtepu8_epi16(bytes));
-}
-static inline void store_bytes(void* y, Shorts x) {
-  const __m256i low = reinterpret_cast<__m256i>(x & 0xFF);
-  const __m128i bytes =
-      _mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-  _mm_storeu_si128(static_cast<__m128i*>(y), bytes);
-}
-static inline bool any_below(Shorts x, int16_t limit) {
-  return _mm256_movemask_epi8(
-             _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), reinterpret_cast<__m256i>(x))) != 0;
 }
 #endif
 
@@ -171,13 +137,6 @@ static inline Pair load_pair(const void* x, Float type, int64_t begin) {
   if (type == Float::bf16) return load_pair<Float::bf16>(x, begin);
   if (type == Float::fp16) return load_pair<Float::fp16>(x, begin);
   return load_pair<Float::fp32>(x, begin);
-}
-
-// The elements that a loop over pairs comes to in 2 KB: the machine's own prefetching starts anew
-// in every page, of four tensors at a time.
-static inline void prefetch_pair(const void* x, int64_t size, int64_t begin) {
-  const char* from = static_cast<const char*>(x) + begin * size + 2048;
-  for (int64_t i = 0; i < kPair * size; i += 64) __builtin_prefetch(from + i);
 }
 
 // |x| below 2^64 as an fp16 code in the low half; draw: 0 .. 65535. As float_to_fp16_sr: a
