@@ -61,17 +61,14 @@ __attribute__((noinline)) void update_run(const AdamWArgs& a, int64_t index, con
 }  // namespace
 
 void adamw(const AdamWArgs& a) {
-  for_each_run(a.tensors, a.count, a.threads, [&](int64_t index, const Run& r) {
+  const auto shape = [&](int64_t index) { return shape_of(a.tensors[index]); };
+  for_each_span_of(a.count, shape, a.threads, [&](int64_t index, int64_t from, int64_t to) {
+    const auto plain = [&](const Run& r) { update_run(a, index, r); };
+    const Shape s = shape(index);
 #if defined(__AVX2__)
-    const AdamWTensor& t = a.tensors[index];
-    const bool plain =
-        t.max_exp_avg_sq != nullptr || master_of(a.masters, index).kind != int64_t(Master::none);
-    if (!plain) {
-      return update_pairs(a, a.scalars[index], t, r,
-                          [&](const Run& rest) { update_run(a, index, rest); });
-    }
+    if (AdamWSpan(a, index, from, to).update(plain)) return;
 #endif
-    update_run(a, index, r);
+    for (int64_t i = from; i < to; ++i) plain(run_at(i, s.rows, s.cols, s.codes));
   });
 }
 

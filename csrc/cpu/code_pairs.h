@@ -74,19 +74,21 @@ constexpr int16_t code_base() {
 
 // Code magnitudes, not yet times the scale; their floats end within the upper half.
 template <int kTop>
-static inline Shorts code_floats(Shorts magnitude) {
+__attribute__((always_inline)) static inline Shorts code_floats(Shorts magnitude) {
   const Shorts bits = (magnitude + code_base<kTop>()) << (kCodeShift - 16);
   return magnitude == 0 ? Shorts{} : bits;
 }
 
-static inline Pair load_signed_codes(const int8_t* codes, float scale) {
+__attribute__((always_inline)) static inline Pair load_signed_codes(const int8_t* codes,
+                                                                    float scale) {
   const Shorts x = load_signed_bytes(codes);
   const Shorts y = code_floats<127>(x < 0 ? -x : x) | (x & INT16_MIN);
   const Pair p = from_upper_halves(reinterpret_cast<Bits>(y));
   return {p.even * scale, p.odd * scale};
 }
 
-static inline Pair load_square_codes(const uint8_t* codes, float scale) {
+__attribute__((always_inline)) static inline Pair load_square_codes(const uint8_t* codes,
+                                                                    float scale) {
   const Shorts y = code_floats<255>(load_unsigned_bytes(codes));
   Pair p = from_upper_halves(reinterpret_cast<Bits>(y));
   p = {p.even * scale, p.odd * scale};
@@ -95,7 +97,7 @@ static inline Pair load_square_codes(const uint8_t* codes, float scale) {
 
 // encode_magnitude in 32-bit lanes, where some y is around code 1 or below.
 template <int kTop>
-static inline Bits small_codes(Vec y, Bits draw) {
+__attribute__((noinline, cold)) static Bits small_codes(Vec y, Bits draw) {
   constexpr float kParts =
       kTop == 127 ? 0.8f * 65536.0f * 65536.0f : 0.8f * 4294967296.0f * 65536.0f;
   const Vec part = y * kParts;
@@ -108,7 +110,7 @@ static inline Bits small_codes(Vec y, Bits draw) {
 
 // Codes of magnitudes y in [0, 1]; draw: two a 32-bit lane, 0x8000 for nearest.
 template <int kTop>
-static inline Shorts encode_magnitudes(Pair y, Bits draw) {
+__attribute__((always_inline)) static inline Shorts encode_magnitudes(Pair y, Bits draw) {
   const Bits even = (as_bits(y.even) >> 4) + (draw & 0xFFFFu);
   const Bits odd = (as_bits(y.odd) >> 4) + (draw >> 16);
   const Shorts code = reinterpret_cast<Shorts>(upper_halves(even, odd)) - code_base<kTop>();
@@ -117,7 +119,9 @@ static inline Shorts encode_magnitudes(Pair y, Bits draw) {
                                   small_codes<kTop>(y.odd, draw >> 16) << 16);
 }
 
-static inline void store_signed_codes(Pair x, const Quotient& quotient, Bits draw, int8_t* codes) {
+__attribute__((always_inline)) static inline void store_signed_codes(Pair x,
+                                                                     const Quotient& quotient,
+                                                                     Bits draw, int8_t* codes) {
   const Bits even = as_bits(x.even), odd = as_bits(x.odd);
   const Pair y{quotient(as_floats(even & 0x7FFFFFFFu)), quotient(as_floats(odd & 0x7FFFFFFFu))};
   const Shorts code = encode_magnitudes<127>(y, draw);
@@ -125,8 +129,9 @@ static inline void store_signed_codes(Pair x, const Quotient& quotient, Bits dra
   store_bytes(codes, (code ^ sign) - sign);
 }
 
-static inline void store_root_codes(Pair root, const Quotient& quotient, Bits draw,
-                                    uint8_t* codes) {
+__attribute__((always_inline)) static inline void store_root_codes(Pair root,
+                                                                   const Quotient& quotient,
+                                                                   Bits draw, uint8_t* codes) {
   const Pair y{quotient(root.even), quotient(root.odd)};
   store_bytes(codes, encode_magnitudes<255>(y, draw));
 }

@@ -63,7 +63,8 @@ static inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >>
 template <int kRoles>
 class Generator {
  public:
-  Generator(const PhiloxKey& key, uint64_t first) : groups_(words(first) + order()) {
+  Generator(const PhiloxKey& key, uint64_t first) {
+    seek(first);
     uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
     for (uint32_t r = 0; r < kPhiloxRounds; ++r) {
       k0[r] = low_word(key.seed) + r * kPhiloxW0;
@@ -82,8 +83,10 @@ class Generator {
     }
   }
 
+  void seek(uint64_t first) { groups_ = words(first) + order(); }
+
   // A role's draws begin `stride` words behind the last's.
-  void next(uint64_t* out, int64_t stride) {
+  __attribute__((always_inline)) void next(uint64_t* out, int64_t stride) {
     const Words m0 = words(kPhiloxM0), m1 = words(kPhiloxM1), low_half = words(0xFFFFFFFFu);
     const Words a = multiply(groups_, m0);
     const Words b = multiply(upper(a) ^ k1_[0], m1);
@@ -116,9 +119,10 @@ class Generator {
   Words second_[kRoles], third_[kRoles];         // word 2 in rounds 2 and 3
 };
 
-// Whether a generator can begin at group `first` and give that many.
-static inline bool is_one_stretch(uint64_t first, int groups) {
-  return low_word(first) <= 0xFFFFFFFFu - static_cast<uint32_t>(groups);
+// Whether the high word of their groups is one for all elements begin .. end-1.
+static inline bool in_one_stretch(int64_t begin, int64_t end) {
+  constexpr int64_t kElements = int64_t{kDrawsPerCall} << 32;
+  return begin / kElements == (end - 1) / kElements;
 }
 
 // The draws of groups first .. first+groups-1, and those that fill up the last vector, in order.
@@ -150,30 +154,51 @@ class Draws {
   } buffer_;
 };
 
-// Draws of consecutive elements in kRoles consecutive roles, made just before they are used, so
-// that they are computed while the update waits for a division.
+constexpr int kDrawnStep = kGroups * kDrawsPerCall;
+
+// Draws of consecutive elements in kRoles consecutive roles from key.role on, kDrawnStep of them at
+// a time, to be made just before they are used; all elements in one stretch.
 template <int kRoles>
 class DrawStream {
  public:
-  static constexpr int kStep = kGroups * kDrawsPerCall;
-
   DrawStream(const PhiloxKey& key, int64_t element)
-      : generator_(key, static_cast<uint64_t>(element / kDrawsPerCall)),
-        skip_(static_cast<int>(element % kDrawsPerCall)) {
-    generator_.next(buffer_.pairs, kStride);
+      : generator_(key, group_of(element)), next_(element - 1) {
+    start(element);
   }
 
-  // Makes draws up to those of element done + kStep of the run.
-  void advance(int done) { generator_.next(buffer_.pairs + (done + kStep) / 4, kStride); }
+  // What comes next, where it is not what follows anyway.
+  void start(int64_t element) {
+    if (element == next_) return;
+    next_ = element;
+    skip_ = element % kDrawsPerCall;
+    generator_.seek(group_of(element));
+    generator_.next(buffer_.pairs + kDrawnStep / 4, kStride);
+  }
+
+  // Makes the draws of the next elements, one step ahead: those of a step may begin within a group,
+  // and nothing should wait for them.
+  __attribute__((always_inline)) void advance() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRoles; ++i) {
+      uint64_t* const role = buffer_.pairs + i * kStride;
+      memcpy(role, role + kDrawnStep / 4, 2 * kDrawnStep);
+    }
+    generator_.next(buffer_.pairs + kDrawnStep / 4, kStride);
+    next_ += kDrawnStep;
+  }
 
   const uint16_t* of(int role, int i) const {
     return buffer_.draws + 4 * kStride * role + skip_ + i;
   }
 
  private:
-  static constexpr int64_t kStride = (kRun + 2 * kStep) / 4;
+  static uint64_t group_of(int64_t element) {
+    return static_cast<uint64_t>(element / kDrawsPerCall);
+  }
+
+  static constexpr int64_t kStride = 2 * kDrawnStep / 4;
   Generator<kRoles> generator_;
-  const int skip_;
+  int64_t next_, skip_;
   alignas(64) union {  // little-endian: the low half of a word is the earlier draw
     uint64_t pairs[kRoles * kStride];
     uint16_t draws[kRoles * 4 * kStride];
@@ -184,7 +209,8 @@ template <>
 class DrawStream<0> {
  public:
   DrawStream(const PhiloxKey&, int64_t) {}
-  void advance(int) {}
+  void start(int64_t) {}
+  void advance() {}
   const uint16_t* of(int, int) const { return nullptr; }
 };
 

@@ -12,6 +12,8 @@ namespace LOWP_ISA {
 constexpr int kPair = 2 * kLanes;
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 
+constexpr float kSmall = 8.5070592e37f;  // 2^126
+
 struct Pair {
   Vec even, odd;
 };
@@ -23,8 +25,8 @@ static inline Bits as_bits(Vec x) { return reinterpret_cast<Bits>(x); }
 #if defined(__AVX512F__)
 static inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
 static inline Vec subtract_product(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
-static inline bool is_finite(Vec x) {
-  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ) == 0xFFFF;
+static inline bool is_small(Vec x) {
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmall), _CMP_LT_OQ) == 0xFFFF;
 }
 static inline Bits least(Bits a, Bits b) {
   return reinterpret_cast<Bits>(
@@ -58,8 +60,8 @@ static inline void store_fp16(uint16_t* y, Vec x) {
 #else
 static inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
 static inline Vec subtract_product(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
-static inline bool is_finite(Vec x) {
-  const Vec below = _mm256_cmp_ps(x, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+static inline bool is_small(Vec x) {
+  const Vec below = _mm256_cmp_ps(x, _mm256_set1_ps(kSmall), _CMP_LT_OQ);
   return _mm256_movemask_ps(below) == 0xFF;
 }
 static inline Bits least(Bits a, Bits b) {
@@ -133,15 +135,9 @@ static inline Pair load_pair(const void* x, int64_t begin) {
   return split(load_fp16(halves), load_fp16(halves + kLanes));
 }
 
-static inline Pair load_pair(const void* x, Float type, int64_t begin) {
-  if (type == Float::bf16) return load_pair<Float::bf16>(x, begin);
-  if (type == Float::fp16) return load_pair<Float::fp16>(x, begin);
-  return load_pair<Float::fp32>(x, begin);
-}
-
 // |x| below 2^64 as an fp16 code in the low half; draw: 0 .. 65535. As float_to_fp16_sr: a
 // subnormal code counts units of 2^-24, and its fraction is cut to 2^-40.
-static inline Bits fp16_magnitude_sr(Vec x, Bits draw) {
+__attribute__((always_inline)) static inline Bits fp16_magnitude_sr(Vec x, Bits draw) {
   const Bits a = as_bits(x) & 0x7FFFFFFFu;
   const Bits normal = (a + (draw >> 3) - (112u << 23)) >> 13;
   const Bits tiny = (truncated(as_floats(a) * 1099511627776.0f) + draw) >> 16;
@@ -150,7 +146,8 @@ static inline Bits fp16_magnitude_sr(Vec x, Bits draw) {
 
 // Values below 2^64, so neither NaN nor Inf. draws: two a 32-bit lane, if the format is drawn.
 template <class Format>
-static inline void store_pair(Format, Pair x, const uint16_t* draws, void* y, int64_t begin) {
+__attribute__((always_inline)) static inline void store_pair(Format, Pair x, const uint16_t* draws,
+                                                             void* y, int64_t begin) {
   uint16_t* halves = static_cast<uint16_t*>(y) + begin;
   const Bits even = as_bits(x.even), odd = as_bits(x.odd);
   Bits out;
