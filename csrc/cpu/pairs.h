@@ -96,6 +96,14 @@ static inline void store_fp16(uint16_t* y, Vec x) {
 }
 #endif
 
+// A constant that stays in a register: GCC would make one that it knows anew at every use, by a
+// shuffle each.
+static inline Bits kept(uint32_t x) {
+  Bits bits = Bits{} + x;
+  asm("" : "+v"(bits));
+  return bits;
+}
+
 static inline Bits load_bits(const void* x) {
   Bits bits;
   memcpy(&bits, x, sizeof bits);
@@ -103,9 +111,11 @@ static inline Bits load_bits(const void* x) {
 }
 
 // The upper halves of even and odd lanes as 16-bit elements in order.
-static inline Bits upper_halves(Bits even, Bits odd) { return even >> 16 | (odd & 0xFFFF0000u); }
+static inline Bits upper_halves(Bits even, Bits odd) {
+  return even >> 16 | (odd & kept(0xFFFF0000u));
+}
 static inline Pair from_upper_halves(Bits x) {
-  return {as_floats(x << 16), as_floats(x & 0xFFFF0000u)};
+  return {as_floats(x << 16), as_floats(x & kept(0xFFFF0000u))};
 }
 
 // How elements of one tensor are stored.
@@ -167,7 +177,7 @@ __attribute__((always_inline)) static inline void store_pair(Format, Pair x, con
     out = upper_halves(even + (even >> 16 & 1u) + 0x7FFFu, odd + (odd >> 16 & 1u) + 0x7FFFu);
   } else if (Format::type == Float::bf16) {
     const Bits draw = load_bits(draws);
-    out = upper_halves(even + (draw & 0xFFFFu), odd + (draw >> 16));
+    out = upper_halves(even + (draw & kept(0xFFFFu)), odd + (draw >> 16));
   } else {
     const Bits draw = load_bits(draws);
     const Bits codes =
