@@ -82,7 +82,7 @@ def test_one_special_value_a_vector(isa, name, kind):
     moment = "exp_avgs" if name != "sgd" else "momentum_buffers"
     for dtype in FLOATS:
         for where in ("params", "grads", moment, "exp_avg_sqs"):
-            params, grads = [torch.randn(4 * len(values), 64).to(dtype)], None
+            params = [torch.randn(4 * len(values), 64).to(dtype)]
             grads = [torch.randn(params[0].shape).to(dtype)]
             case = make(params, grads, kind)
             if where in case and case[where][0].is_floating_point():
