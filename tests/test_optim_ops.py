@@ -56,6 +56,61 @@ def test_special_values(isa, name, kind):
         assert_equal(op, make(params, grads, kind))
 
 
+SIZES = (31, 32, 33, 63, 64, 65, 127, 128, 130, 255, 256, 257, 320, 1025)
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("name", OPS)
+def test_sizes_and_offsets_around_vectors(isa, name, kind):
+    """Also where the draws' 32-bit group counter carries, in the middle of a tensor or before."""
+    op, make = OPS[name]
+    for dtype in FLOATS:
+        params = [torch.randn(n).to(dtype) for n in SIZES for _ in range(3)]
+        grads = [torch.randn(p.shape).to(dtype) for p in params]
+        carry = 8 * 2**32
+        offsets = [(0, 1 + i % 9, carry - i % 300)[i % 3] for i in range(len(params) - 1)]
+        assert_equal(op, make(params, grads, kind, offsets=[*offsets, carry + 12_345]))
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("name", OPS)
+def test_one_special_value_a_vector(isa, name, kind):
+    """In every lane in turn, of each tensor that is read; what is beside it stays ordinary."""
+    op, make = OPS[name]
+    values = torch.cat([special_values(), torch.tensor([2.0**62, -(2.0**63), 2.0**64, 2.0**100])])
+    lanes = torch.arange(0, 64 * len(values) * 4, 64) + torch.arange(len(values) * 4) * 5 % 64
+    moment = "exp_avgs" if name != "sgd" else "momentum_buffers"
+    for dtype in FLOATS:
+        for where in ("params", "grads", moment, "exp_avg_sqs"):
+            params = [torch.randn(4 * len(values), 64).to(dtype)]
+            grads = [torch.randn(params[0].shape).to(dtype)]
+            case = make(params, grads, kind)
+            if where in case and case[where][0].is_floating_point():
+                x = case[where][0].view(-1)
+                x[lanes] = values.repeat(4).to(x.dtype)
+                assert_equal(op, case)
+
+
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
+@pytest.mark.parametrize("name", OPS)
+def test_codes_of_any_magnitude(isa, name, rounding):
+    """Blocks whose scales go from 0 to Inf, with codes of every size, zeros, and one tiny value."""
+    op, make = OPS[name]
+    factors = torch.logspace(-150, 127, 140, base=2.0).unsqueeze(1)
+    for dtype in FLOATS:
+        spread = torch.randn(140, 512) * torch.logspace(-40, 0, 512, base=2.0)
+        grads = [spread * factors, spread * factors]
+        grads[1][:, 7] = 1e-42
+        grads[1][::3] = 0
+        params = [torch.randn(g.shape).to(dtype) for g in grads]
+        case = make(params, grads, "int8", rounding)
+        for key in [k for k in case if k.endswith("scales")]:
+            for scale in case[key]:
+                scale.mul_(factors.clamp_max(2.0**100))
+        case[next(k for k in case if k.endswith("scales"))][1][::3] = 0
+        assert_equal(op, case)
+
+
 @pytest.mark.parametrize("master", ("remainder", "kahan"))
 @pytest.mark.parametrize("name", OPS)
 def test_masters(isa, name, master):

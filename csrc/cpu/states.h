@@ -42,10 +42,10 @@ struct Shape {
   bool codes;
 };
 
-// body(tensor, run) for every run of tensors 0 .. count-1
+// body(tensor, from, to) for runs that together are those of tensors 0 .. count-1
 template <class ShapeOf, class Body>
-static inline void for_each_run_of(int64_t count, const ShapeOf& shape_of, int threads,
-                                   const Body& body) {
+static inline void for_each_span_of(int64_t count, const ShapeOf& shape_of, int threads,
+                                    const Body& body) {
   int64_t total = 0;
   for (int64_t t = 0; t < count; ++t) {
     const Shape s = shape_of(t);
@@ -58,20 +58,32 @@ static inline void for_each_run_of(int64_t count, const ShapeOf& shape_of, int t
       const int64_t runs = runs_of(s.rows, s.cols, s.codes);
       const int64_t from = begin > first ? begin - first : 0;
       const int64_t to = end - first < runs ? end - first : runs;
-      for (int64_t i = from; i < to; ++i) body(t, run_at(i, s.rows, s.cols, s.codes));
+      if (from < to) body(t, from, to);
       first += runs;
     }
   });
 }
 
+// body(tensor, run) for every run
+template <class ShapeOf, class Body>
+static inline void for_each_run_of(int64_t count, const ShapeOf& shape_of, int threads,
+                                   const Body& body) {
+  for_each_span_of(count, shape_of, threads, [&](int64_t t, int64_t from, int64_t to) {
+    const Shape s = shape_of(t);
+    for (int64_t i = from; i < to; ++i) body(t, run_at(i, s.rows, s.cols, s.codes));
+  });
+}
+
 // The same of an optimizer's tensors, which have .rows, .cols and .state_type.
+template <class Tensor>
+static inline Shape shape_of(const Tensor& t) {
+  return {t.rows, t.cols, t.state_type == int64_t(State::codes)};
+}
+
 template <class Tensor, class Body>
 static inline void for_each_run(const Tensor* tensors, int64_t count, int threads,
                                 const Body& body) {
-  const auto shape_of = [&](int64_t t) {
-    return Shape{tensors[t].rows, tensors[t].cols, tensors[t].state_type == int64_t(State::codes)};
-  };
-  for_each_run_of(count, shape_of, threads, body);
+  for_each_run_of(count, [&](int64_t t) { return shape_of(tensors[t]); }, threads, body);
 }
 
 static inline float block_scale(const float* x, int n) {

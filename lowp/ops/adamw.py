@@ -58,6 +58,7 @@ Raises:
 """
 
 _Tensors = Sequence[Tensor]
+_ROW = struct.Struct("<16q")
 
 
 @adamw.check
@@ -126,34 +127,35 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Te
     grads = [g.contiguous() for g in grads]
     maxima = [m.contiguous() for m in max_exp_avg_sqs]
     table, scalars, extras = bytearray(), bytearray(), bytearray()
-    known: dict[int, tuple[float, float]] = {}
+    known: dict[int, bytes] = {}
     with update.contiguous_params(params) as work:
         for i, step in enumerate(update.advance(steps)):
             p, m, v = work[i], exp_avgs[i], exp_avg_sqs[i]
             if p.numel() == 0:
                 continue
             if step not in known:
-                known[step] = reference.scalars(step, rate, beta1, beta2)
-            table += struct.pack(  # csrc/adamw.h: AdamWTensor
-                "<16q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
+                known[step] = struct.pack("<2f", *reference.scalars(step, rate, beta1, beta2))
+            table += _ROW.pack(  # csrc/adamw.h: AdamWTensor
+                p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
                 exp_avg_scales[i].data_ptr(), exp_avg_sq_scales[i].data_ptr(),
                 maxima[i].data_ptr() if maxima else 0, *update.rows_cols_of(p), FLOATS[p.dtype],
                 FLOATS[grads[i].dtype], update.STATE_TYPES[m.dtype],
                 FLOATS[maxima[i].dtype] if maxima else 0, step, tensors[i], offsets[i],
             )
-            scalars += struct.pack("<2f", *known[step])
-            extras += struct.pack("<2q", *update.master_row(masters, i))
+            scalars += known[step]
+            if masters:
+                extras += struct.pack("<2q", *update.master_row(masters, i))
         if not table:
             return
         rows = torch.frombuffer(table, dtype=torch.int64)
         floats = torch.frombuffer(scalars, dtype=torch.float32)
-        weights = torch.frombuffer(extras, dtype=torch.int64)
+        weights = torch.frombuffer(extras, dtype=torch.int64) if masters else None
         cpu_extension().adamw(
             rows.data_ptr(), floats.data_ptr(), len(rows) // 16, 1 - beta1, 1 - beta2, eps,
             1.0 if coupled else 1 - rate * weight_decay, update.inv_scale_of(grad_scale), maximize,
             ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
             torch.get_num_threads(), weight_decay if coupled else 0.0,
-            weights.data_ptr() if masters else 0,
+            weights.data_ptr() if weights is not None else 0,
         )
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():

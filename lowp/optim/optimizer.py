@@ -218,6 +218,7 @@ class Optimizer(torch.optim.Optimizer):
     def _batches(self, group: dict[str, Any], shares: Iterable[Share]) -> Iterator[Batch]:
         """The shares by device and by whether their states are codes."""
         batches: dict[tuple[torch.device, bool], Batch] = {}
+        by_run = "stochastic" in self._roundings(group) and self.elementwise
         for share in shares:
             if share.grad.is_sparse:
                 raise RuntimeError(
@@ -225,8 +226,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             key = share.param.device, any(k.endswith("_scale") for k in share.state)
             batch = batches.setdefault(key, Batch([], [], [], [], []))
-            drawn = "stochastic" in self._roundings(group)
-            for piece in share.pieces(drawn and self.elementwise):
+            for piece in share.pieces(by_run):
                 batch.params.append(piece.param)
                 batch.grads.append(piece.grad)
                 batch.states.append(piece.state)
