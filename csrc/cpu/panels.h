@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <memory>
+
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
 #include "linear.h"
@@ -48,6 +50,16 @@ struct alignas(64) Panels {
   float lines[kLanes * kRowPad];  // [kLanes][kRowPad], units that wait to be transposed
 };
 static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
+
+// Kept from call to call: the pages of a fresh one cost more than a small product.
+static inline Panels* panels_of_thread() {
+  struct Free {
+    void operator()(Panels* p) const { free(p); }
+  };
+  static thread_local std::unique_ptr<Panels, Free> held;
+  if (!held) held.reset(static_cast<Panels*>(aligned_alloc(alignof(Panels), sizeof(Panels))));
+  return held.get();
+}
 
 static inline int at_most(int64_t n, int64_t limit) {
   return static_cast<int>(n < limit ? n : limit);
@@ -106,12 +118,15 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
   const int padded = (units + kLanes - 1) / kLanes * kLanes;
   if (x.k_stride != 1) {
-    for (int u = 0; u < padded; u += kLanes) {
-      pack_lanes<Math>(x, n, rows, k + int64_t{u} * Math::kValues, last, p.lines);
+    for (int u = 0; u < padded; ++u, k += Math::kValues) {
+      const int values = at_most(last - k, Math::kValues);
       for (int c = 0; c < rows; c += kCols) {
         float* out = p.b + c * kDepth + u * kCols;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          memcpy(out + lane * kCols, p.lines + lane * kRowPad + c, sizeof(float) * kCols);
+        if (values > 0) {
+          Math::pack_across(x, element_of(x, n + c, k), x.k_stride, at_most(rows - c, kCols),
+                            values, out);
+        } else {
+          memset(out, 0, sizeof(float) * kCols);
         }
       }
     }
@@ -196,7 +211,7 @@ static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, i
   if (M == 0 || N == 0) return;
   const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
   parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
-    Panels* p = static_cast<Panels*>(aligned_alloc(64, sizeof(Panels)));
+    Panels* p = panels_of_thread();
     Math::begin_thread();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % down * height, n = i / down * width;
@@ -205,7 +220,6 @@ static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, i
       finish(m, rows, n, cols, *p);
     }
     Math::end_thread();
-    free(p);
   });
 }
 
