@@ -32,18 +32,11 @@ struct Int8Math {
   static void pack_across(const Operand& x, int64_t at, int64_t stride, int rows, int values,
                           float* out) {
     const uint8_t* line = static_cast<const uint8_t*>(x.data) + at;
-    if (values == kValues) return interleave(line, stride, rows, out);
+    if (values == kValues) return interleave_bytes(line, stride, rows, out);
     for (int r = 0; r < rows; ++r) {
       uint32_t unit = 0;
       for (int v = 0; v < values; ++v) unit |= uint32_t{line[v * stride + r]} << (8 * v);
       out[r] = bits_float(unit);
-    }
-  }
-  static void interleave(const uint8_t* line, int64_t stride, int rows, float* __restrict out) {
-    const uint8_t *b = line + stride, *c = b + stride, *d = c + stride;
-    for (int r = 0; r < rows; ++r) {
-      out[r] =
-          bits_float(line[r] | uint32_t{b[r]} << 8 | uint32_t{c[r]} << 16 | uint32_t{d[r]} << 24);
     }
   }
   static void prepare_a(float* row, int units) {
