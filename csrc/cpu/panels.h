@@ -51,13 +51,18 @@ struct alignas(64) Panels {
 };
 static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
 
-// Kept from call to call: the pages of a fresh one cost more than a small product.
+// Kept from call to call: the pages of a fresh one cost more than a small product. Zeros at first,
+// as tiles are multiplied whole and what malloc leaves beyond a block's edge may be subnormal
+// numbers, each of which costs the adders a hundred cycles.
 static inline Panels* panels_of_thread() {
   struct Free {
     void operator()(Panels* p) const { free(p); }
   };
   static thread_local std::unique_ptr<Panels, Free> held;
-  if (!held) held.reset(static_cast<Panels*>(aligned_alloc(alignof(Panels), sizeof(Panels))));
+  if (!held) {
+    void* memory = aligned_alloc(alignof(Panels), sizeof(Panels));
+    held.reset(static_cast<Panels*>(memset(memory, 0, sizeof(Panels))));
+  }
   return held.get();
 }
 

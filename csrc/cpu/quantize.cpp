@@ -140,7 +140,11 @@ struct Tile {
       }
     }
     for (int c = 0; c < cols; ++c) {
-      memcpy(out + c * stride, turned[c], static_cast<size_t>(rows));
+      if (rows == kTileRows) {  // a copy of a known size is one register's
+        memcpy(out + c * stride, turned[c], kTileRows);
+      } else {
+        memcpy(out + c * stride, turned[c], static_cast<size_t>(rows));
+      }
     }
   }
 };
