@@ -28,28 +28,29 @@ namespace LOWP_ISA {
 constexpr int kVecs = 2;
 #if defined(__AVX512F__)
 constexpr int kRows = 14;
-constexpr int kBlockM = 224;  // a multiple of kRows and of AMX's 32
+constexpr int kBlockM = 448;  // a multiple of kRows and of AMX's 32
 #else
 constexpr int kRows = 6;
-constexpr int kBlockM = 168;
+constexpr int kBlockM = 336;
 #endif
 constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockN = 256;
-constexpr int kDepth = 256;  // units
+constexpr int kDepth = 128;  // units; all panels fit an L2 of 1 MB
 constexpr int kRowPad =
     kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
+constexpr int kLinePad = kBlockM + kLanes;
 static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols == 0,
               "blocks hold whole tiles");
 
 // What one thread works in. Units and sums are 32 bits wide whatever they hold.
 struct alignas(64) Panels {
-  float a[kBlockM * kRowPad];     // [kBlockM][kRowPad]
-  float b[kBlockN * kDepth];      // tiles [kDepth][kCols]
-  float sums[kBlockM * kBlockN];  // [kBlockM][kBlockN]
-  int32_t offsets[kBlockN];       // what Math::add_offsets collects over all of K
-  float lines[kLanes * kRowPad];  // [kLanes][kRowPad], units that wait to be transposed
+  float a[kBlockM * kRowPad];      // [kBlockM][kRowPad]
+  float b[kBlockN * kDepth];       // tiles [kDepth][kCols]
+  float sums[kBlockM * kBlockN];   // [kBlockM][kBlockN]
+  int32_t offsets[kBlockN];        // what Math::add_offsets collects over all of K
+  float lines[kLanes * kLinePad];  // [kLanes][kLinePad], units that wait to be transposed
 };
-static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
+static_assert(kDepth < kLinePad, "a line holds a unit of every row, or the units of one");
 
 // Kept from call to call: the pages of a fresh one cost more than a small product. Zeros at first,
 // as tiles are multiplied whole and what malloc leaves beyond a block's edge may be subnormal
@@ -70,6 +71,9 @@ static inline int at_most(int64_t n, int64_t limit) {
   return static_cast<int>(n < limit ? n : limit);
 }
 
+// Blocks are made lower than kBlockM, so that every thread gets one, where that pays.
+constexpr int64_t kLeastHeight = 4 * kRows, kLeastShared = 1 << 22;
+
 // n cut into equal pieces of at most `limit`, each but the last a multiple of `tile`.
 static inline int64_t even_block(int64_t n, int64_t limit, int64_t tile) {
   const int64_t pieces = n > limit ? (n + limit - 1) / limit : 1;
@@ -80,11 +84,11 @@ static inline int64_t element_of(const Operand& x, int64_t row, int64_t k) {
   return row * x.row_stride + k * x.k_stride;
 }
 
-// kLanes units from k on of each of `rows` adjacent rows, into out[lane][kRowPad]; zeros beyond.
+// kLanes units from k on of each of `rows` adjacent rows, into out[lane][kLinePad]; zeros beyond.
 template <class Math>
 static void pack_lanes(const Operand& x, int64_t row, int rows, int64_t k, int64_t last,
                        float* out) {
-  for (int lane = 0; lane < kLanes; ++lane, k += Math::kValues, out += kRowPad) {
+  for (int lane = 0; lane < kLanes; ++lane, k += Math::kValues, out += kLinePad) {
     const int values = at_most(last - k, Math::kValues);
     if (values > 0) {
       Math::pack_across(x, element_of(x, row, k), x.k_stride, rows, values, out);
@@ -111,7 +115,7 @@ static void pack_a(const Operand& x, int64_t m, int rows, int64_t k, int64_t las
   for (int u = 0; u < padded; u += kLanes) {
     pack_lanes<Math>(x, m, rows, k + int64_t{u} * Math::kValues, last, p.lines);
     for (int r = 0; r < rows; r += kLanes) {
-      transpose_square(p.lines + r, kRowPad, p.a + r * kRowPad + u, kRowPad);
+      transpose_square(p.lines + r, kLinePad, p.a + r * kRowPad + u, kRowPad);
     }
   }
   for (int r = 0; r < rows; ++r) Math::prepare_a(p.a + r * kRowPad, units);
@@ -140,13 +144,13 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   for (int c = 0; c < rows; c += kLanes) {
     const int lines = at_most(rows - c, kLanes);
     for (int r = 0; r < lines; ++r) {
-      float* line = p.lines + r * kRowPad;
+      float* line = p.lines + r * kLinePad;
       Math::pack_row(x, element_of(x, n + c + r, k), static_cast<int>(last - k), line);
       memset(line + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
     }
     float* out = p.b + c / kCols * kCols * kDepth + c % kCols;
     for (int u = 0; u < padded; u += kLanes) {
-      transpose_square(p.lines + u, kRowPad, out + u * kCols, kCols);
+      transpose_square(p.lines + u, kLinePad, out + u * kCols, kCols);
     }
   }
 }
@@ -212,9 +216,14 @@ static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_
 template <class Math, class Finish>
 static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
                      int threads, const Finish& finish) {
-  const int64_t height = even_block(M, kBlockM, kRows), width = even_block(N, kBlockN, kCols);
   if (M == 0 || N == 0) return;
-  const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
+  const int64_t width = even_block(N, kBlockN, kCols), across = (N + width - 1) / width;
+  int64_t height = even_block(M, kBlockM, kRows);
+  const auto blocks_down = [&] { return (M + height - 1) / height; };
+  while (blocks_down() * across < threads && height > kLeastHeight && M * N * K > kLeastShared) {
+    height = even_block(M, height / 2, kRows);
+  }
+  const int64_t down = blocks_down();
   parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
     Panels* p = panels_of_thread();
     Math::begin_thread();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -76,6 +77,12 @@ def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: 
     )
 
 
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    """Asked once: CPUID leaves a virtual machine, which takes longer than a small product."""
+    return "avx512bf16" in cpu_extension().cpu_features()
+
+
 def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
                     save_preact: bool) -> bool:
     """Whether torch's product is the faster one and keeps the contract.
@@ -93,7 +100,7 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
         and not save_preact
         and a.shape[1] % 32 == 0
         and (bias is None or bias.dtype == torch.bfloat16)
-        and "avx512bf16" in cpu_extension().cpu_features()
+        and _cpu_multiplies_bf16()
     )
 
 
