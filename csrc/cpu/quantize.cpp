@@ -122,18 +122,26 @@ void quantize_columns(const QuantizeArgs& a) {
   });
 }
 
-constexpr int kTileRows = 64, kTileCols = 128;
+constexpr int kTileRows = 128, kTileCols = 128;
 
-// Codes of rows x columns of one tile, written as columns of 64 rows at most.
+// Codes of the rows and columns of one tile, turned by units of 4 rows.
 struct Tile {
-  uint8_t codes[kTileRows][kTileCols];
+  uint8_t lines[4][kTileCols];
   float quads[kTileRows / 4][kTileCols];  // a unit: the codes of 4 rows of a column
   float turned[kTileCols][kTileRows / 4];
 
-  void write(int8_t* out, int64_t stride, int rows, int cols) {
+  // encode(row, codes): one row's codes
+  template <class Encode>
+  void fill(int rows, const Encode& encode) {
     for (int r = 0; r < rows; r += 4) {
-      interleave_bytes(codes[r], kTileCols, kTileCols, quads[r / 4]);
+      for (int i = 0; i < 4 && r + i < rows; ++i) {
+        encode(r + i, reinterpret_cast<int8_t*>(lines[i]));
+      }
+      interleave_bytes(lines[0], kTileCols, kTileCols, quads[r / 4]);
     }
+  }
+
+  void write(int8_t* out, int64_t stride, int rows, int cols) {
     for (int r = 0; r < kTileRows / 4; r += kLanes) {
       for (int c = 0; c < kTileCols; c += kLanes) {
         transpose_square(quads[r] + c, kTileCols, turned[c] + r, kTileRows / 4);
@@ -187,10 +195,9 @@ void quantize_both(const QuantizeRowColArgs& a) {
       }
       for (int64_t r = 0; r < a.rows; r += kTileRows) {
         const int rows = static_cast<int>(a.rows - r < kTileRows ? a.rows - r : kTileRows);
-        for (int i = 0; i < rows; ++i) {
-          by_col.template encode<1>((r + i) * a.cols + c, cols, inv_scale,
-                                    reinterpret_cast<int8_t*>(tile.codes[i]), draws);
-        }
+        tile.fill(rows, [&](int i, int8_t* codes) {
+          by_col.template encode<1>((r + i) * a.cols + c, cols, inv_scale, codes, draws);
+        });
         tile.write(a.col_codes + c * a.rows + r, a.rows, rows, cols);
       }
     }
