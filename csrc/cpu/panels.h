@@ -155,14 +155,14 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   }
 }
 
-// sums[kRows][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
+// sums[kTall][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
 // product of a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with
 // K.
-template <class Math>
+template <class Math, int kTall>
 static void multiply_tile(const float* a, const float* b, int units, bool first, float* sums) {
-  typename Math::Sum acc[kRows][kVecs];
+  typename Math::Sum acc[kTall][kVecs];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTall; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       acc[r][v] = Math::zero();
@@ -173,14 +173,14 @@ static void multiply_tile(const float* a, const float* b, int units, bool first,
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + u * kCols + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kTall; ++r) {
       const Vec left = broadcast(a + r * kRowPad + u);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Math::multiply_add(left, right[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTall; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* at = sums + r * kBlockN + v * kLanes;
@@ -206,7 +206,13 @@ static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_
       if (Math::multiply_column(p.a, right, rows, units, k == 0, p.sums + c)) continue;
       Math::add_offsets(right, units, p.offsets + c);
       for (int r = 0; r < rows; r += kRows) {
-        multiply_tile<Math>(p.a + r * kRowPad, right, units, k == 0, p.sums + r * kBlockN + c);
+        const float* left = p.a + r * kRowPad;
+        float* sums = p.sums + r * kBlockN + c;
+        if (rows - r > kRows / 2) {
+          multiply_tile<Math, kRows>(left, right, units, k == 0, sums);
+        } else {  // what is left of few rows fits half a tile
+          multiply_tile<Math, kRows / 2>(left, right, units, k == 0, sums);
+        }
       }
     }
   }
