@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import lowp
 from benchmarks.conftest import Compare
+from benchmarks.measure import Candidates, interleaved
 from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
@@ -43,6 +46,27 @@ def test_quantize(compare: Compare, granularity: str, rounding: str) -> None:
     }
     labels = {"op": "quantize", "granularity": granularity, "rounding": rounding}
     compare(labels, candidates, "lowp")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_rows_against_memory(rows: list[dict[str, Any]], benchmark: Any,
+                             dtype: torch.dtype) -> None:
+    """Bytes read and written a second, beside those of a multiplication in place."""
+    x = torch.randn(SIZE, SIZE).to(dtype)
+    in_place = x.clone()
+    candidates: Candidates = {
+        rounding: lambda r=rounding: quantize(x, "row", 0, r, 0, None, 0, 4, 0)
+        for rounding in ("nearest", "stochastic")
+    }
+    times = interleaved({**candidates, "stream": lambda: in_place.mul_(1.0)}, rounds=20)
+    stream = 2 * x.nbytes / times["stream"]
+    for rounding in candidates:
+        rate = (x.nbytes + x.numel()) / times[rounding]
+        rows.append({"op": f"quantize {dtype}", "granularity": "row", "rounding": rounding,
+                     "lowp [s]": times[rounding], "GB/s": rate / 1e9, "stream GB/s": stream / 1e9,
+                     "of the stream": rate / stream,
+                     "times as long as nearest": times[rounding] / times["nearest"]})
+    benchmark.pedantic(candidates["nearest"], rounds=5, warmup_rounds=1)
 
 
 def test_row_and_column_in_one_pass(compare: Compare) -> None:

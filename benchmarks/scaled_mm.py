@@ -1,4 +1,4 @@
-"""scaled_mm against torch's int8 product with scales after it, and torch's float products.
+"""scaled_mm against torch's int8 product with scales and bias after it, and torch's float products.
 
     pytest benchmarks/scaled_mm.py --benchmark-enable
 """
@@ -19,21 +19,22 @@ SHAPES = ((32, 512, 512), (512, 512, 512), (512, 3072, 768), (2048, 1024, 1024),
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_scaled_mm(compare: Compare, m: int, n: int, k: int) -> None:
-    """bf16 out of int8 codes, row and column scales."""
+    """bf16 out of int8 codes, row and column scales and a bias."""
     a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
     b = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     rows, cols = torch.rand(m), torch.rand(n)
     bf16 = torch.bfloat16
-    got = scaled_mm(a, b, rows, cols, None, "none", bf16, False)[0]
+    arguments = (a, b, rows, cols, torch.randn(n), "none", bf16, False)
+    got = scaled_mm(*arguments)[0]
     with lowp.backend("reference"):
-        assert torch.equal(got, scaled_mm(a, b, rows, cols, None, "none", bf16, False)[0])
+        assert torch.equal(got, scaled_mm(*arguments)[0])
     turned = b.t()
     x, w = torch.randn(m, k), torch.randn(n, k)
     pairs = {d: (x.to(d), w.to(d)) for d in (torch.float32, bf16, torch.float16)}
     candidates = {
-        "lowp": lambda: scaled_mm(a, b, rows, cols, None, "none", bf16, False),
+        "lowp": lambda: scaled_mm(*arguments),
         "torch._int_mm + scales": lambda: (
-            torch._int_mm(a, turned).float() * rows[:, None] * cols
+            torch._int_mm(a, turned).float() * rows[:, None] * cols + arguments[4]
         ).to(bf16),
         **{f"torch {d}": lambda p=p: functional.linear(*p) for d, p in pairs.items()},
     }

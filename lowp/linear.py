@@ -16,7 +16,7 @@ from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear as linear_op
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
-from lowp.ops.product import ACTIVATIONS
+from lowp.ops.product import ACTIVATIONS, cast
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
@@ -24,12 +24,11 @@ from lowp.recipe import DTYPES, Operand, Product, Recipe, recipe_of
 from lowp.weight_codes import codes_of_weight
 
 
-def _compute_dtype(product: Product, *operands: Tensor) -> torch.dtype:
+def _compute_dtype(product: Product, first: Tensor, second: Tensor) -> torch.dtype:
     """The type a float product takes its operands in: fp32 means as they come."""
     if product.precision != "fp32":
         return DTYPES[product.precision]
-    dtype = operands[0].dtype
-    return dtype if all(t.dtype == dtype for t in operands) else torch.float32
+    return first.dtype if first.dtype == second.dtype else torch.float32
 
 
 class _Noise:
@@ -69,7 +68,8 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activati
     product = recipe.product("output")
     if not product.is_int8:
         dtype = _compute_dtype(product, x, w)
-        y, preact = linear_op(x.to(dtype), w.to(dtype), bias, activation, x.dtype, save_preact)
+        y, preact = linear_op(cast(x, dtype), cast(w, dtype), bias, activation, x.dtype,
+                              save_preact)
         return y, preact
     x_codes, x_scale = noise.codes(x, product.left, Role.X_CODES)
     w_codes, w_scale = noise.weight_codes(w, product.right, False)
@@ -84,7 +84,7 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
     product = recipe.product("grad_input")
     if not product.is_int8:
         dtype = _compute_dtype(product, dz, w)
-        dx: Tensor = linear_dgrad(dz.to(dtype), w.to(dtype), out)
+        dx: Tensor = linear_dgrad(cast(dz, dtype), cast(w, dtype), out)
         return dx
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
     w_codes, w_scale = noise.weight_codes(w, product.right, True)
@@ -100,7 +100,7 @@ def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,
     if not product.is_int8:
         dtype = _compute_dtype(product, dz, x)
         exact = dz.dtype == dtype
-        dw, db = linear_wgrad(dz.to(dtype), x.to(dtype), bias and exact, out)
+        dw, db = linear_wgrad(cast(dz, dtype), cast(x, dtype), bias and exact, out)
         return dw, db if exact or not bias else bias_grad(dz)
     codes, scale = dz_codes or noise.transposed_codes(dz, product.left, Role.GRAD_CODES_WGRAD)
     q, q_scale = x_codes or noise.transposed_codes(x, product.right, Role.X_CODES)
@@ -263,14 +263,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     if key is not None and key.step is not None:
         step = torch.tensor(key.step, dtype=torch.int64)
     lead = x.shape[:-1]
-    rows = x.reshape(math.prod(lead), x.shape[-1])
+    rows = x if len(lead) == 1 else x.reshape(math.prod(lead), x.shape[-1])
+    y: Tensor
     if torch.is_grad_enabled():
         y = LinearFunction.apply(  # type: ignore[no-untyped-call]
             rows, weight, bias, chosen, activation, seed, step, tensor)
     else:
         noise = _Noise(seed, step, tensor)
         y = _forward(rows, weight, bias, chosen, activation, noise, False)[0]
-    return y.reshape(*lead, weight.shape[0])  # type: ignore[no-any-return]
+    return y if len(lead) == 1 else y.reshape(*lead, weight.shape[0])
 
 
 def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe) -> None:
@@ -283,7 +284,7 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: R
             "lowp.linear: expected x [..., K] and weight [N, K], "
             f"got {tuple(x.shape)} and {tuple(w.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (w.shape[0],):
+    if bias is not None and bias.shape != (w.shape[0],):
         raise ValueError(
             f"lowp.linear: expected bias of shape ({w.shape[0]},), got {tuple(bias.shape)}"
         )

@@ -252,6 +252,27 @@ def test_second_derivative():
         g.sum().backward()
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bytes_kept_for_the_backward(dtype, name):
+    """Of what is not the caller's or a parameter: the codes and scales of x, or nothing."""
+    layer, _ = pair(name, dtype)
+    x = torch.randn(64, 256).to(dtype).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    kept = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x)
+    step = clock.step.nbytes
+    assert sum(kept.values()) == step + (64 * 256 + 4 * 256 if name == "int8_full" else 0)
+
+
 def test_reference_backend_gives_the_same_bits():
     """int8 products are exact and everything around them is bitwise, so whole layers are."""
     layer, _ = pair("int8_full", activation="gelu")

@@ -24,6 +24,7 @@ struct Fp32Math {
     load_floats(x.data, x.type, at, values, out);
   }
   static void pack_across(const Operand& x, int64_t at, int64_t, int rows, int, float* out) {
+    if (rows == kCols) return load_floats(x.data, x.type, at, kCols, out);  // whole registers
     load_floats(x.data, x.type, at, rows, out);
   }
   static void prepare_a(float*, int) {}

@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <memory>
+
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
 #include "linear.h"
@@ -26,32 +28,51 @@ namespace LOWP_ISA {
 constexpr int kVecs = 2;
 #if defined(__AVX512F__)
 constexpr int kRows = 14;
-constexpr int kBlockM = 224;  // a multiple of kRows and of AMX's 32
+constexpr int kBlockM = 448;  // a multiple of kRows and of AMX's 32
 #else
 constexpr int kRows = 6;
-constexpr int kBlockM = 168;
+constexpr int kBlockM = 336;
 #endif
 constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockN = 256;
-constexpr int kDepth = 256;  // units
+constexpr int kDepth = 128;  // units; all panels fit an L2 of 1 MB
 constexpr int kRowPad =
     kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
+constexpr int kLinePad = kBlockM + kLanes;
 static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols == 0,
               "blocks hold whole tiles");
 
 // What one thread works in. Units and sums are 32 bits wide whatever they hold.
 struct alignas(64) Panels {
-  float a[kBlockM * kRowPad];     // [kBlockM][kRowPad]
-  float b[kBlockN * kDepth];      // tiles [kDepth][kCols]
-  float sums[kBlockM * kBlockN];  // [kBlockM][kBlockN]
-  int32_t offsets[kBlockN];       // what Math::add_offsets collects over all of K
-  float lines[kLanes * kRowPad];  // [kLanes][kRowPad], units that wait to be transposed
+  float a[kBlockM * kRowPad];      // [kBlockM][kRowPad]
+  float b[kBlockN * kDepth];       // tiles [kDepth][kCols]
+  float sums[kBlockM * kBlockN];   // [kBlockM][kBlockN]
+  int32_t offsets[kBlockN];        // what Math::add_offsets collects over all of K
+  float lines[kLanes * kLinePad];  // [kLanes][kLinePad], units that wait to be transposed
 };
-static_assert(kBlockM <= kRowPad && kBlockN <= kRowPad, "a line holds a unit of every row");
+static_assert(kDepth < kLinePad, "a line holds a unit of every row, or the units of one");
+
+// Kept from call to call: the pages of a fresh one cost more than a small product. Zeros at first,
+// as tiles are multiplied whole and what malloc leaves beyond a block's edge may be subnormal
+// numbers, each of which costs the adders a hundred cycles.
+static inline Panels* panels_of_thread() {
+  struct Free {
+    void operator()(Panels* p) const { free(p); }
+  };
+  static thread_local std::unique_ptr<Panels, Free> held;
+  if (!held) {
+    void* memory = aligned_alloc(alignof(Panels), sizeof(Panels));
+    held.reset(static_cast<Panels*>(memset(memory, 0, sizeof(Panels))));
+  }
+  return held.get();
+}
 
 static inline int at_most(int64_t n, int64_t limit) {
   return static_cast<int>(n < limit ? n : limit);
 }
+
+// Blocks are made lower than kBlockM, so that every thread gets one, where that pays.
+constexpr int64_t kLeastHeight = 4 * kRows, kLeastShared = 1 << 22;
 
 // n cut into equal pieces of at most `limit`, each but the last a multiple of `tile`.
 static inline int64_t even_block(int64_t n, int64_t limit, int64_t tile) {
@@ -63,11 +84,11 @@ static inline int64_t element_of(const Operand& x, int64_t row, int64_t k) {
   return row * x.row_stride + k * x.k_stride;
 }
 
-// kLanes units from k on of each of `rows` adjacent rows, into out[lane][kRowPad]; zeros beyond.
+// kLanes units from k on of each of `rows` adjacent rows, into out[lane][kLinePad]; zeros beyond.
 template <class Math>
 static void pack_lanes(const Operand& x, int64_t row, int rows, int64_t k, int64_t last,
                        float* out) {
-  for (int lane = 0; lane < kLanes; ++lane, k += Math::kValues, out += kRowPad) {
+  for (int lane = 0; lane < kLanes; ++lane, k += Math::kValues, out += kLinePad) {
     const int values = at_most(last - k, Math::kValues);
     if (values > 0) {
       Math::pack_across(x, element_of(x, row, k), x.k_stride, rows, values, out);
@@ -94,7 +115,7 @@ static void pack_a(const Operand& x, int64_t m, int rows, int64_t k, int64_t las
   for (int u = 0; u < padded; u += kLanes) {
     pack_lanes<Math>(x, m, rows, k + int64_t{u} * Math::kValues, last, p.lines);
     for (int r = 0; r < rows; r += kLanes) {
-      transpose_square(p.lines + r, kRowPad, p.a + r * kRowPad + u, kRowPad);
+      transpose_square(p.lines + r, kLinePad, p.a + r * kRowPad + u, kRowPad);
     }
   }
   for (int r = 0; r < rows; ++r) Math::prepare_a(p.a + r * kRowPad, units);
@@ -106,12 +127,15 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
   const int padded = (units + kLanes - 1) / kLanes * kLanes;
   if (x.k_stride != 1) {
-    for (int u = 0; u < padded; u += kLanes) {
-      pack_lanes<Math>(x, n, rows, k + int64_t{u} * Math::kValues, last, p.lines);
+    for (int u = 0; u < padded; ++u, k += Math::kValues) {
+      const int values = at_most(last - k, Math::kValues);
       for (int c = 0; c < rows; c += kCols) {
         float* out = p.b + c * kDepth + u * kCols;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          memcpy(out + lane * kCols, p.lines + lane * kRowPad + c, sizeof(float) * kCols);
+        if (values > 0) {
+          Math::pack_across(x, element_of(x, n + c, k), x.k_stride, at_most(rows - c, kCols),
+                            values, out);
+        } else {
+          memset(out, 0, sizeof(float) * kCols);
         }
       }
     }
@@ -120,25 +144,25 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
   for (int c = 0; c < rows; c += kLanes) {
     const int lines = at_most(rows - c, kLanes);
     for (int r = 0; r < lines; ++r) {
-      float* line = p.lines + r * kRowPad;
+      float* line = p.lines + r * kLinePad;
       Math::pack_row(x, element_of(x, n + c + r, k), static_cast<int>(last - k), line);
       memset(line + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
     }
     float* out = p.b + c / kCols * kCols * kDepth + c % kCols;
     for (int u = 0; u < padded; u += kLanes) {
-      transpose_square(p.lines + u, kRowPad, out + u * kCols, kCols);
+      transpose_square(p.lines + u, kLinePad, out + u * kCols, kCols);
     }
   }
 }
 
-// sums[kRows][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
+// sums[kTall][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
 // product of a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with
 // K.
-template <class Math>
+template <class Math, int kTall>
 static void multiply_tile(const float* a, const float* b, int units, bool first, float* sums) {
-  typename Math::Sum acc[kRows][kVecs];
+  typename Math::Sum acc[kTall][kVecs];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTall; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       acc[r][v] = Math::zero();
@@ -149,14 +173,14 @@ static void multiply_tile(const float* a, const float* b, int units, bool first,
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + u * kCols + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kTall; ++r) {
       const Vec left = broadcast(a + r * kRowPad + u);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Math::multiply_add(left, right[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTall; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* at = sums + r * kBlockN + v * kLanes;
@@ -182,7 +206,13 @@ static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_
       if (Math::multiply_column(p.a, right, rows, units, k == 0, p.sums + c)) continue;
       Math::add_offsets(right, units, p.offsets + c);
       for (int r = 0; r < rows; r += kRows) {
-        multiply_tile<Math>(p.a + r * kRowPad, right, units, k == 0, p.sums + r * kBlockN + c);
+        const float* left = p.a + r * kRowPad;
+        float* sums = p.sums + r * kBlockN + c;
+        if (rows - r > kRows / 2) {
+          multiply_tile<Math, kRows>(left, right, units, k == 0, sums);
+        } else {  // what is left of few rows fits half a tile
+          multiply_tile<Math, kRows / 2>(left, right, units, k == 0, sums);
+        }
       }
     }
   }
@@ -192,11 +222,16 @@ static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_
 template <class Math, class Finish>
 static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
                      int threads, const Finish& finish) {
-  const int64_t height = even_block(M, kBlockM, kRows), width = even_block(N, kBlockN, kCols);
   if (M == 0 || N == 0) return;
-  const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
+  const int64_t width = even_block(N, kBlockN, kCols), across = (N + width - 1) / width;
+  int64_t height = even_block(M, kBlockM, kRows);
+  const auto blocks_down = [&] { return (M + height - 1) / height; };
+  while (blocks_down() * across < threads && height > kLeastHeight && M * N * K > kLeastShared) {
+    height = even_block(M, height / 2, kRows);
+  }
+  const int64_t down = blocks_down();
   parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
-    Panels* p = static_cast<Panels*>(aligned_alloc(64, sizeof(Panels)));
+    Panels* p = panels_of_thread();
     Math::begin_thread();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % down * height, n = i / down * width;
@@ -205,7 +240,6 @@ static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, i
       finish(m, rows, n, cols, *p);
     }
     Math::end_thread();
-    free(p);
   });
 }
 

@@ -1,8 +1,12 @@
 #include "quantize.h"
 
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/codes.h"
 #include "cpu/draws.h"
-#include "cpu/floats.h"
 #include "cpu/parallel.h"
+#include "cpu/vector.h"
 #include "numerics/scale.h"
 
 namespace lowp {
@@ -13,195 +17,212 @@ constexpr int64_t kGrain = 16384;  // elements below which a second thread costs
 
 int64_t rows_of_grain(int64_t cols) { return cols >= kGrain ? 1 : kGrain / (cols > 0 ? cols : 1); }
 
-uint32_t amax_of(const float* x, int n, uint32_t amax) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t a = float_bits(x[i]) & 0x7FFFFFFFu;
-    amax = a > amax ? a : amax;
-  }
-  return amax;
-}
-
-void max_into(const float* x, int n, uint32_t* amax) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t a = float_bits(x[i]) & 0x7FFFFFFFu;
-    amax[i] = a > amax[i] ? a : amax[i];
-  }
-}
-
-// inv_scale: one value (stride 0) or one a column (stride 1); 0 where all codes are 0.
-template <int kStride>
-void codes_rn(const float* x, const float* inv_scale, int n, int8_t* codes) {
-  for (int i = 0; i < n; ++i) {
-    const float inv = inv_scale[i * kStride];
-    codes[i] = static_cast<int8_t>(code_rn(inv == 0.0f ? 0.0f : x[i] * inv));
-  }
-}
-
-template <int kStride>
-void codes_sr(const float* x, const float* inv_scale, const uint16_t* draws, int n, int8_t* codes) {
-  for (int i = 0; i < n; ++i) {
-    const float inv = inv_scale[i * kStride];
-    codes[i] = static_cast<int8_t>(code_sr(inv == 0.0f ? 0.0f : x[i] * inv, draws[i]));
-  }
-}
-
-// Codes of x[begin .. begin+n), which lie in one row and share inv_scale or have one each.
-template <int kStride>
-void encode(const QuantizeArgs& a, int64_t begin, int n, const float* inv_scale, Draws& draws) {
-  float x[kRun];
-  load_floats(a.x, a.x_type, begin, n, x);
-  if (a.rounding == Rounding::nearest) {
-    codes_rn<kStride>(x, inv_scale, n, a.codes + begin);
-  } else {
-    codes_sr<kStride>(x, inv_scale, draws.fill(a.key, a.offset + begin, n), n, a.codes + begin);
-  }
-}
-
 int run_length(int64_t begin, int64_t end) {
   return static_cast<int>(end - begin < kRun ? end - begin : kRun);
 }
 
-uint32_t amax_of_range(const void* x, Float type, int64_t begin, int64_t end) {
-  float values[kRun];
-  uint32_t amax = 0;
-  for (int64_t i = begin; i < end; i += kRun) {
-    const int n = run_length(i, end);
-    load_floats(x, type, i, n, values);
-    amax = amax_of(values, n, amax);
+// x, its rounding and where its draws begin: what codes are made of.
+template <class Element>
+struct Source {
+  const typename Element::Stored* x;
+  Rounding rounding;
+  PhiloxKey key;
+  int64_t offset;
+
+  // Codes of x[begin .. begin+n), n <= kRun, which share inv_scale or have one each.
+  template <int kStride>
+  void encode(int64_t begin, int n, const float* inv_scale, int8_t* codes, Draws& draws) const {
+    if (rounding == Rounding::nearest) {
+      codes_rn<Element, kStride>(x + begin, inv_scale, n, codes);
+    } else {
+      codes_sr<Element, kStride>(x + begin, inv_scale, draws.fill(key, offset + begin, n), n,
+                                 codes);
+    }
   }
-  return amax;
+
+  // Codes of x[begin .. end), which share a scale.
+  void encode_group(int64_t begin, int64_t end, float inv_scale, int8_t* codes,
+                    Draws& draws) const {
+    if (inv_scale == 0.0f) {
+      memset(codes + begin, 0, static_cast<size_t>(end - begin));
+      return;
+    }
+    for (int64_t i = begin; i < end; i += kRun) {
+      encode<0>(i, run_length(i, end), &inv_scale, codes + i, draws);
+    }
+  }
+};
+
+template <class Element>
+Source<Element> source_of(const QuantizeArgs& a) {
+  return {static_cast<const typename Element::Stored*>(a.x), a.rounding, a.key, a.offset};
 }
 
-// One contiguous group: its amax, its scale, its codes.
-void quantize_group(const QuantizeArgs& a, int64_t begin, int64_t end, float* scale, Draws& draws) {
-  const Scale s = scale_of(amax_of_range(a.x, a.x_type, begin, end));
-  *scale = s.scale;
-  for (int64_t i = begin; i < end; i += kRun) {
-    encode<0>(a, i, run_length(i, end), &s.inv_scale, draws);
-  }
-}
-
+template <class Element>
 void quantize_tensor(const QuantizeArgs& a) {
+  const Source<Element> source = source_of<Element>(a);
   const int64_t numel = a.rows * a.cols;
-  uint32_t amax = 0;
+  typename Element::Magnitude amax = 0;
   parallel_for(numel, kGrain, a.threads, [&](int64_t begin, int64_t end) {
-    const uint32_t mine = amax_of_range(a.x, a.x_type, begin, end);
+    const auto mine = amax_of<Element>(source.x + begin, end - begin);
 #pragma omp critical(lowp_amax)
     amax = mine > amax ? mine : amax;
   });
-  const Scale s = scale_of(amax);
+  const Scale s = scale_of(Element::fp32_bits(amax));
   *a.scale = s.scale;
   parallel_for(numel, kGrain, a.threads, [&](int64_t begin, int64_t end) {
     Draws draws;
-    for (int64_t i = begin; i < end; i += kRun) {
-      encode<0>(a, i, run_length(i, end), &s.inv_scale, draws);
-    }
+    source.encode_group(begin, end, s.inv_scale, a.codes, draws);
   });
 }
 
+template <class Element>
 void quantize_rows(const QuantizeArgs& a) {
+  const Source<Element> source = source_of<Element>(a);
   const int64_t block = a.granularity == Granularity::row ? a.cols : a.block;
   const int64_t blocks = a.granularity == Granularity::row ? 1 : (a.cols + block - 1) / block;
   parallel_for(a.rows, rows_of_grain(a.cols), a.threads, [&](int64_t begin, int64_t end) {
     Draws draws;
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * block;
-        const int64_t last = first + block < a.cols ? first + block : a.cols;
-        quantize_group(a, r * a.cols + first, r * a.cols + last, a.scale + r * blocks + b, draws);
+        const int64_t first = r * a.cols + b * block;
+        const int64_t last = b + 1 < blocks ? first + block : (r + 1) * a.cols;
+        const Scale s =
+            scale_of(Element::fp32_bits(amax_of<Element>(source.x + first, last - first)));
+        a.scale[r * blocks + b] = s.scale;
+        source.encode_group(first, last, s.inv_scale, a.codes, draws);
       }
     }
   });
 }
 
 // Threads share out the columns; a run of them is read for its amax and again for its codes.
+template <class Element>
 void quantize_columns(const QuantizeArgs& a) {
+  const Source<Element> source = source_of<Element>(a);
   const int64_t grain = rows_of_grain(a.rows) > 64 ? rows_of_grain(a.rows) : 64;
   parallel_for(a.cols, grain, a.threads, [&](int64_t begin, int64_t end) {
-    float values[kRun], inv_scale[kRun];
-    uint32_t amax[kRun];
+    float inv_scale[kRun];
+    typename Element::Magnitude amax[kRun];
     Draws draws;
     for (int64_t c = begin; c < end; c += kRun) {
       const int n = run_length(c, end);
-      for (int i = 0; i < n; ++i) amax[i] = 0;
-      for (int64_t r = 0; r < a.rows; ++r) {
-        load_floats(a.x, a.x_type, r * a.cols + c, n, values);
-        max_into(values, n, amax);
-      }
+      memset(amax, 0, sizeof amax);
+      for (int64_t r = 0; r < a.rows; ++r) max_into<Element>(source.x + r * a.cols + c, n, amax);
       for (int i = 0; i < n; ++i) {
-        const Scale s = scale_of(amax[i]);
+        const Scale s = scale_of(Element::fp32_bits(amax[i]));
         a.scale[c + i] = s.scale;
         inv_scale[i] = s.inv_scale;
       }
-      for (int64_t r = 0; r < a.rows; ++r) encode<1>(a, r * a.cols + c, n, inv_scale, draws);
+      for (int64_t r = 0; r < a.rows; ++r) {
+        const int64_t first = r * a.cols + c;
+        source.template encode<1>(first, n, inv_scale, a.codes + first, draws);
+      }
     }
   });
 }
 
-constexpr int kTileRows = 64, kTileCols = 128;
+constexpr int kTileRows = 128, kTileCols = 128;
 
-// Column codes of one tile of x, written transposed.
-void encode_tile(const QuantizeRowColArgs& a, int64_t r0, int rows, int64_t c0, int cols,
-                 const float* inv_scale, Draws& draws) {
-  int8_t tile[kTileRows][kTileCols];
-  float x[kTileCols];
-  for (int i = 0; i < rows; ++i) {
-    const int64_t begin = (r0 + i) * a.cols + c0;
-    load_floats(a.x, a.x_type, begin, cols, x);
-    if (a.rounding == Rounding::nearest) {
-      codes_rn<1>(x, inv_scale, cols, tile[i]);
-    } else {
-      codes_sr<1>(x, inv_scale, draws.fill(a.col_key, a.offset + begin, cols), cols, tile[i]);
+// Codes of the rows and columns of one tile, turned by units of 4 rows.
+struct Tile {
+  uint8_t lines[4][kTileCols];
+  float quads[kTileRows / 4][kTileCols];  // a unit: the codes of 4 rows of a column
+  float turned[kTileCols][kTileRows / 4];
+
+  // encode(row, codes): one row's codes
+  template <class Encode>
+  void fill(int rows, const Encode& encode) {
+    for (int r = 0; r < rows; r += 4) {
+      for (int i = 0; i < 4 && r + i < rows; ++i) {
+        encode(r + i, reinterpret_cast<int8_t*>(lines[i]));
+      }
+      interleave_bytes(lines[0], kTileCols, kTileCols, quads[r / 4]);
     }
   }
-  for (int j = 0; j < cols; ++j) {
-    int8_t* out = a.col_codes + (c0 + j) * a.rows + r0;
-    for (int i = 0; i < rows; ++i) out[i] = tile[i][j];
+
+  void write(int8_t* out, int64_t stride, int rows, int cols) {
+    for (int r = 0; r < kTileRows / 4; r += kLanes) {
+      for (int c = 0; c < kTileCols; c += kLanes) {
+        transpose_square(quads[r] + c, kTileCols, turned[c] + r, kTileRows / 4);
+      }
+    }
+    for (int c = 0; c < cols; ++c) {
+      if (rows == kTileRows) {  // a copy of a known size is one register's
+        memcpy(out + c * stride, turned[c], kTileRows);
+      } else {
+        memcpy(out + c * stride, turned[c], static_cast<size_t>(rows));
+      }
+    }
   }
-}
+};
 
-}  // namespace
-
-void quantize(const QuantizeArgs& a) {
-  switch (a.granularity) {
-    case Granularity::tensor:
-      return quantize_tensor(a);
-    case Granularity::column:
-      return quantize_columns(a);
-    default:
-      return quantize_rows(a);
-  }
-}
-
-// Columns are shared out in the outer loop and rows are walked in tiles, so a stripe of x is read
-// for its amax and again, from cache where it fits, for its codes.
-void quantize_row_col(const QuantizeRowColArgs& a) {
-  const QuantizeArgs by_row{a.x,         a.x_type,   a.rows,    a.cols,   Granularity::row,
-                            0,           a.rounding, a.row_key, a.offset, a.row_codes,
-                            a.row_scale, a.threads};
-  quantize_rows(by_row);
-  parallel_for(a.cols, kTileCols, a.threads, [&](int64_t begin, int64_t end) {
-    float values[kTileCols], inv_scale[kTileCols];
-    uint32_t amax[kTileCols];
+// Both largest magnitudes come from one reading of x; a row's codes follow at once, while it is in
+// cache, and the columns' in tiles from a second reading.
+template <class Element>
+void quantize_both(const QuantizeRowColArgs& a) {
+  using Magnitude = typename Element::Magnitude;
+  const auto* x = static_cast<const typename Element::Stored*>(a.x);
+  const Source<Element> by_row{x, a.rounding, a.row_key, a.offset};
+  const Source<Element> by_col{x, a.rounding, a.col_key, a.offset};
+  const size_t bytes = sizeof(Magnitude) * static_cast<size_t>(a.cols);
+  Magnitude* col_amax = static_cast<Magnitude*>(calloc(1, bytes + 1));
+  parallel_for(a.rows, rows_of_grain(a.cols), a.threads, [&](int64_t begin, int64_t end) {
+    Magnitude* mine = static_cast<Magnitude*>(calloc(1, bytes + 1));
     Draws draws;
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t first = r * a.cols;
+      max_into<Element>(x + first, a.cols, mine);
+      const Scale s = scale_of(Element::fp32_bits(amax_of<Element>(x + first, a.cols)));
+      a.row_scale[r] = s.scale;
+      by_row.encode_group(first, first + a.cols, s.inv_scale, a.row_codes, draws);
+    }
+#pragma omp critical(lowp_amax)
+    for (int64_t c = 0; c < a.cols; ++c)
+      col_amax[c] = mine[c] > col_amax[c] ? mine[c] : col_amax[c];
+    free(mine);
+  });
+  parallel_for(a.cols, kTileCols, a.threads, [&](int64_t begin, int64_t end) {
+    float inv_scale[kTileCols];
+    Draws draws;
+    Tile tile = {};  // whose rows and columns beyond x's are turned too
     for (int64_t c = begin; c < end; c += kTileCols) {
       const int cols = static_cast<int>(end - c < kTileCols ? end - c : kTileCols);
-      for (int j = 0; j < cols; ++j) amax[j] = 0;
-      for (int64_t r = 0; r < a.rows; ++r) {
-        load_floats(a.x, a.x_type, r * a.cols + c, cols, values);
-        max_into(values, cols, amax);
-      }
       for (int j = 0; j < cols; ++j) {
-        const Scale s = scale_of(amax[j]);
+        const Scale s = scale_of(Element::fp32_bits(col_amax[c + j]));
         a.col_scale[c + j] = s.scale;
         inv_scale[j] = s.inv_scale;
       }
       for (int64_t r = 0; r < a.rows; r += kTileRows) {
         const int rows = static_cast<int>(a.rows - r < kTileRows ? a.rows - r : kTileRows);
-        encode_tile(a, r, rows, c, cols, inv_scale, draws);
+        tile.fill(rows, [&](int i, int8_t* codes) {
+          by_col.template encode<1>((r + i) * a.cols + c, cols, inv_scale, codes, draws);
+        });
+        tile.write(a.col_codes + c * a.rows + r, a.rows, rows, cols);
       }
     }
   });
+  free(col_amax);
+}
+
+}  // namespace
+
+void quantize(const QuantizeArgs& a) {
+  with_element(a.x_type, [&](auto element) {
+    using Element = decltype(element);
+    switch (a.granularity) {
+      case Granularity::tensor:
+        return quantize_tensor<Element>(a);
+      case Granularity::column:
+        return quantize_columns<Element>(a);
+      default:
+        return quantize_rows<Element>(a);
+    }
+  });
+}
+
+void quantize_row_col(const QuantizeRowColArgs& a) {
+  with_element(a.x_type, [&](auto element) { quantize_both<decltype(element)>(a); });
 }
 
 }  // namespace LOWP_ISA

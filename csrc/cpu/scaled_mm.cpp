@@ -16,6 +16,7 @@ struct Int8Math {
   using Sum = __m512i;
   static constexpr int kValues = 4;
   static constexpr int kSurplus = 128;
+  static constexpr int kChains = 4;  // sums side by side, to hide the latency of vpdpbusd
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum load_sum(const float* p) { return _mm512_loadu_si512(p); }
   static void store_sum(float* p, Sum s) { _mm512_storeu_si512(p, s); }
@@ -31,6 +32,7 @@ struct Int8Math {
   static void pack_across(const Operand& x, int64_t at, int64_t stride, int rows, int values,
                           float* out) {
     const uint8_t* line = static_cast<const uint8_t*>(x.data) + at;
+    if (values == kValues) return interleave_bytes(line, stride, rows, out);
     for (int r = 0; r < rows; ++r) {
       uint32_t unit = 0;
       for (int v = 0; v < values; ++v) unit |= uint32_t{line[v * stride + r]} << (8 * v);
@@ -43,10 +45,22 @@ struct Int8Math {
   }
   static void add_offsets(const float* b, int units, int32_t* offsets) {
     const Vec ones = _mm512_castsi512_ps(_mm512_set1_epi8(1));
-    for (int v = 0; v < kCols; v += kLanes) {
-      Sum sum = _mm512_loadu_si512(offsets + v);
-      for (int u = 0; u < units; ++u) sum = multiply_add(ones, load(b + u * kCols + v), sum);
-      _mm512_storeu_si512(offsets + v, sum);
+    Sum sums[kChains][kVecs];
+    for (auto& chain : sums) {
+      for (Sum& sum : chain) sum = zero();
+    }
+    for (int u = 0; u < (units + kLanes - 1) / kLanes * kLanes; u += kChains) {
+      for (int i = 0; i < kChains; ++i) {
+        for (int v = 0; v < kVecs; ++v) {
+          sums[i][v] = multiply_add(ones, load(b + (u + i) * kCols + v * kLanes), sums[i][v]);
+        }
+      }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      int32_t* at = offsets + v * kLanes;
+      Sum total = _mm512_loadu_si512(at);
+      for (int i = 0; i < kChains; ++i) total = add(total, sums[i][v]);
+      _mm512_storeu_si512(at, total);
     }
   }
   static void begin_thread() {

@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "numerics/platform.h"
+
 namespace lowp {
 namespace LOWP_ISA {
 
@@ -35,6 +37,16 @@ static inline Vec zero() { return _mm_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 #endif
+
+// out[i] = the bytes i of four lines, the first one lowest
+static inline void interleave_bytes(const uint8_t* line, int64_t stride, int n,
+                                    float* __restrict out) {
+  const uint8_t *b = line + stride, *c = b + stride, *d = c + stride;
+  for (int i = 0; i < n; ++i) {
+    out[i] =
+        bits_float(line[i] | uint32_t{b[i]} << 8 | uint32_t{c[i]} << 16 | uint32_t{d[i]} << 24);
+  }
+}
 
 // out[c * out_stride + r] = in[r * in_stride + c] for a square of kLanes x kLanes 32-bit values.
 #if defined(__AVX512F__)

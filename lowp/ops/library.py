@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lowp.backend import select
 
@@ -66,7 +67,41 @@ class Op:
         return self.kernels[select(self.name, _device(args), self.kernels)](*args)
 
     def __call__(self, *args: Any) -> Any:
+        if _nothing_watches() and _are_plain(args):
+            return self._run(*args)
         return self._overload(*args)
+
+
+_NO_TENSORS = frozenset((str, int, bool, torch.dtype, type(None)))
+
+
+def _nothing_watches() -> bool:
+    """Whether torch's dispatcher would do no more than find the kernel.
+
+    That is so without gradients to record and without a compiler, tracer, mode, functorch transform
+    or profiler; going around it then saves a third of the host time of a small call.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are torch's own, on the CPU, and their memory holds what they mean."""
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if not value.is_cpu or value.is_neg() or value._is_zerotensor():
+                return False
+        elif kind not in _NO_TENSORS and not isinstance(value, int):  # a lowp.key.Role is one
+            return False
+    return True
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

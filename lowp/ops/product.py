@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +17,14 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 """csrc/numerics/activation.h: Activation"""
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which costs a call into torch even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def require_matrices(op: str, **operands: Tensor) -> None:
     """Raises unless all are matrices of one float type."""
-    (first, x), *others = operands.items()
+    (first, x), *_ = operands.items()
     for name, t in operands.items():
         if t.dtype not in FLOATS:
             raise TypeError(
@@ -26,7 +32,6 @@ def require_matrices(op: str, **operands: Tensor) -> None:
             )
         if t.dim() != 2:
             raise ValueError(f"lowp::{op}: {name} must be a matrix, got shape {tuple(t.shape)}")
-    for name, t in others:
         if t.dtype != x.dtype:
             raise TypeError(
                 f"lowp::{op}: {first} and {name} must be of one type, got {x.dtype} and {t.dtype}"
@@ -41,7 +46,7 @@ def require_bias(op: str, bias: Tensor | None, columns: int) -> None:
         raise TypeError(
             f"lowp::{op}: bias must be float32, bfloat16 or float16, got {bias.dtype}"
         )
-    if tuple(bias.shape) != (columns,):
+    if bias.shape != (columns,):
         raise ValueError(
             f"lowp::{op}: bias must have shape ({columns},), got {tuple(bias.shape)}"
         )
@@ -72,6 +77,12 @@ def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: 
     )
 
 
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    """Asked once: CPUID leaves a virtual machine, which takes longer than a small product."""
+    return "avx512bf16" in cpu_extension().cpu_features()
+
+
 def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
                     save_preact: bool) -> bool:
     """Whether torch's product is the faster one and keeps the contract.
@@ -89,7 +100,7 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
         and not save_preact
         and a.shape[1] % 32 == 0
         and (bias is None or bias.dtype == torch.bfloat16)
-        and "avx512bf16" in cpu_extension().cpu_features()
+        and _cpu_multiplies_bf16()
     )
 
 
@@ -98,17 +109,16 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
     """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation (empty unless saved)."""
     (rows, depth), cols = a.shape, b.shape[0]
     preact = a.new_empty((rows, cols) if save_preact else 0)
-    if bias is not None:
-        bias = bias.contiguous()
     extension, threads = cpu_extension(), torch.get_num_threads()
     if _library_serves(a, bias, activation, out_dtype, save_preact):
-        z = functional.linear(a, b, None if bias is None else bias.to(a.dtype))
+        z = functional.linear(a, b, None if bias is None else cast(bias, a.dtype))
         if activation == "none" and out_dtype == a.dtype and not save_preact:
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
                                   epilogue_of(extension, None, activation, y, preact), threads)
         return y, preact
+    bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
     (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
     extension.product(left, right, rows, cols, depth,

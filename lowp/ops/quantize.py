@@ -79,14 +79,17 @@ def _fake(x: Tensor, granularity: str, block: int, rounding: str, seed: int, ste
 
 def outputs(x: Tensor, granularity: str, block: int) -> tuple[Tensor, Tensor]:
     """Uninitialized codes and scale for ``x``."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "tensor": (),
-        "row": (*x.shape[:-1], 1),
-        "column": (x.shape[-1],),
-        "block": (*x.shape[:-1], (x.shape[-1] + block - 1) // block if block else 0),
-    }
+    shape: tuple[int, ...]
+    if granularity == "row":
+        shape = (*x.shape[:-1], 1)
+    elif granularity == "column":
+        shape = (x.shape[-1],)
+    elif granularity == "block":
+        shape = (*x.shape[:-1], (x.shape[-1] + block - 1) // block)
+    else:
+        shape = ()
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, torch.empty(shapes[granularity], dtype=torch.float32, device=x.device)
+    return codes, torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 @quantize.kernel("reference")
@@ -103,7 +106,8 @@ def _cpu(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step
     x = x.contiguous()
     codes, scale = outputs(x, granularity, block)
     rows, cols = rows_cols(x)
-    key = extension.PhiloxKey(seed & (2**64 - 1), step_of(step), tensor, role)
+    now = step_of(step) if rounding == "stochastic" else 1
+    key = extension.PhiloxKey(seed & (2**64 - 1), now, tensor, role)
     extension.quantize(
         x.data_ptr(), FLOATS[x.dtype], rows, cols, GRANULARITIES[granularity], block,
         ROUNDINGS[rounding], key, offset, codes.data_ptr(), scale.data_ptr(),
