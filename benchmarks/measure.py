@@ -21,8 +21,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Candidates = dict[str, Callable[[], object]]
 
 
+ENOUGH = 20.0  # seconds after which five rounds are enough
+
+
 def interleaved(candidates: Candidates, rounds: int = 30, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each candidate.
+    """Median seconds of each candidate over at most ``rounds``.
 
     One call of each a round, in an order that turns round every time, so a machine that slows down
     or speeds up does so for all of them.
@@ -31,7 +34,10 @@ def interleaved(candidates: Candidates, rounds: int = 30, warmup: int = 3) -> di
         for run in candidates.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    began = time.perf_counter()
     for index in range(rounds):
+        if index >= 5 and time.perf_counter() - began > ENOUGH:
+            break
         names = list(candidates)
         for name in names if index % 2 == 0 else reversed(names):
             start = time.perf_counter()
