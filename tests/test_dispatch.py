@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowp
 from lowp.ops import library
+from lowp.ops.accumulate import accumulate
 from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from tests.tensors import same_bits
@@ -19,7 +20,7 @@ ARGUMENTS = ("row", 0, "nearest", 0, None, 0, 4, 0)
 def dispatched(monkeypatch):
     """The names of the ops that went through the dispatcher, in order."""
     seen = []
-    for op in (quantize, dequantize):
+    for op in (quantize, dequantize, accumulate):
         def overload(*args, op=op, inner=op._overload):
             seen.append(op.name)
             return inner(*args)
@@ -37,6 +38,23 @@ def test_both_ways_give_the_same(dispatched):
         parameter = quantize(torch.nn.Parameter(x), *ARGUMENTS)
     assert dispatched == ["quantize"]
     assert all(map(same_bits, found, want)) and all(map(same_bits, parameter, want))
+
+
+@torch.no_grad()
+def test_lists_of_tensors(dispatched):
+    class Mine(torch.Tensor):
+        pass
+
+    def add(kind):
+        totals = [torch.ones(40).bfloat16(), torch.ones(3, 5).bfloat16().as_subclass(kind)]
+        grads = [torch.full((40,), 0.3).bfloat16(), torch.full((3, 5), 0.7).bfloat16()]
+        accumulate(totals, grads, "stochastic", 0, torch.tensor(1), 1, [0, 1], [0, 0])
+        return totals
+
+    plain = add(torch.Tensor)
+    assert dispatched == []
+    assert all(map(same_bits, plain, add(Mine)))
+    assert dispatched == ["accumulate"]
 
 
 class Names(TorchDispatchMode):

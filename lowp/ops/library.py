@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,7 +72,7 @@ class Op:
         return self._overload(*args)
 
 
-_NO_TENSORS = frozenset((str, int, bool, torch.dtype, type(None)))
+_NO_TENSORS = frozenset((str, int, float, bool, torch.dtype, type(None)))
 
 
 def _nothing_watches() -> bool:
@@ -92,12 +92,15 @@ def _nothing_watches() -> bool:
     )
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors are torch's own, on the CPU, and their memory holds what they mean."""
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether all tensors, in lists too, are torch's own, on the CPU, and their memory holds what they mean."""
     for value in args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             if not value.is_cpu or value.is_neg() or value._is_zerotensor():
+                return False
+        elif kind is list:
+            if not _are_plain(value):
                 return False
         elif kind not in _NO_TENSORS and not isinstance(value, int):  # a lowp.key.Role is one
             return False

@@ -18,18 +18,20 @@ STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}
 
 def require_lists(op: str, params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     """ValueError unless every list has one tensor a parameter, of its shape and device."""
+    wanted = [(p.shape, p.device) for p in params]
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(
                 f"lowp::{op}: {name} must have {len(params)} tensors, one a parameter, "
                 f"got {len(tensors)}"
             )
-        for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-            if t.shape != p.shape or t.device != p.device:
-                raise ValueError(
-                    f"lowp::{op}: {name}[{i}] must have shape {tuple(p.shape)} on {p.device}, "
-                    f"got {tuple(t.shape)} on {t.device}"
-                )
+        found = [(t.shape, t.device) for t in tensors]
+        if found != wanted:
+            i = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+            raise ValueError(
+                f"lowp::{op}: {name}[{i}] must have shape {tuple(wanted[i][0])} on "
+                f"{wanted[i][1]}, got {tuple(found[i][0])} on {found[i][1]}"
+            )
 
 
 def require_float_lists(op: str, **lists: Sequence[Tensor]) -> None:

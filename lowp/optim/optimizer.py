@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -54,6 +55,12 @@ class Batch(NamedTuple):
 
 
 _NOTHING = torch.empty(0)
+
+
+@functools.cache
+def _has_scales(keys: tuple[str, ...]) -> bool:
+    """Whether a state of these entries holds codes."""
+    return any(key.endswith("_scale") for key in keys)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -224,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"lowp.optim.{type(self).__name__} does not support sparse gradients"
                 )
-            key = share.param.device, any(k.endswith("_scale") for k in share.state)
+            key = share.param.device, _has_scales(tuple(share.state))
             batch = batches.setdefault(key, Batch([], [], [], [], []))
             for piece in share.pieces(by_run):
                 batch.params.append(piece.param)
