@@ -93,7 +93,7 @@ def _nothing_watches() -> bool:
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether all tensors, in lists too, are torch's own, on the CPU, and their memory holds what they mean."""
+    """Whether all tensors, in lists too, are torch's own, on the CPU, and hold what they mean."""
     for value in args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
