@@ -40,7 +40,7 @@ def jitted(tree: ast.Module) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-WITHOUT = {"accumulate", "adafactor", "lion", "muon", "square_sums"}
+WITHOUT = {"adafactor", "muon"}
 """Ops of the CPU and the reference alone: they came after the GPU kernels, and neither family has
 them yet. On a GPU they run on the reference, with the warning of :mod:`lowp.backend`."""
 

@@ -1,14 +1,17 @@
 // Every op on a CUDA device: where it runs, its arguments (csrc/<op>.h, whose `threads` mean
 // nothing here) and what only a device needs. All pointers are of the device; nothing waits for it.
 #pragma once
+#include "accumulate.h"
 #include "activation_grad.h"
 #include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
 #include "linear.h"
+#include "lion.h"
 #include "quantize.h"
 #include "scaled_mm.h"
 #include "sgd.h"
+#include "square_sums.h"
 
 namespace lowp {
 namespace cuda {
@@ -68,8 +71,26 @@ struct UpdateTable {
   }
 };
 
+// Tensors that are taken in runs, whatever a run is.
+template <class Tensor>
+struct RunTable {
+  const Tensor* tensors;     // [count]
+  const int64_t* first_run;  // [count + 1]
+  int64_t count, runs;
+};
+
+// step: of the draws of all tensors, on the device.
+void accumulate(const Place& place, const AccumulateArgs& args, const int64_t* step,
+                const RunTable<AccumulateTensor>& table);
+
+// partial: [runs]; sums: [count]
+void square_sums(const Place& place, const RunTable<FloatTensor>& table, double* partial,
+                 double* sums);
+
 void adamw(const Place& place, const AdamWArgs& args, const UpdateClock& clock,
            const UpdateTable<AdamWTensor>& table);
+void lion(const Place& place, const LionArgs& args, const UpdateClock& clock,
+          const UpdateTable<SgdTensor>& table);
 void sgd(const Place& place, const SgdArgs& args, const UpdateClock& clock,
          const UpdateTable<SgdTensor>& table);
 
