@@ -111,6 +111,16 @@ def _accumulate(total: torch.dtype, rounding: str) -> Case:
     return lambda: _run("accumulate", [_x(total)], [_x(BF16)], rounding, 1, STEP, 1, [2], [0])
 
 
+def _adafactor(param: torch.dtype, rounding: str, master: torch.dtype | None = None) -> Case:
+    def run() -> object:
+        empty = torch.empty(0)
+        return _run("adafactor", [_x(param)], [_x(param)], [torch.empty(TOKENS, 1)],
+                    [torch.empty(1, FEATURES)], [empty], [torch.zeros(())], torch.tensor(1e-3), -0.8,
+                    1e-7, 1e-3, 1.0, 0.1, False, rounding, 1, [2], [0], None, None, _master(master))
+
+    return run
+
+
 CASES: dict[str, Case] = {
     **{f"quantize {g} {r} bf16": _quantize(g, r)
        for g in ("tensor", "row", "column", "block") for r in ("nearest", "stochastic")},
@@ -144,6 +154,8 @@ CASES: dict[str, Case] = {
     "adamw bf16 stochastic, int8 states, Kahan": _adamw(BF16, "int8", "stochastic", master=BF16),
     "sgd bf16 stochastic, bf16 states": _sgd(BF16, BF16, "stochastic"),
     "sgd bf16 stochastic, int8 states, remainder": _sgd(BF16, "int8", "stochastic", torch.int16),
+    "adafactor bf16 stochastic": _adafactor(BF16, "stochastic"),
+    "adafactor bf16 nearest, Kahan": _adafactor(BF16, "nearest", BF16),
     "accumulate bf16 stochastic": _accumulate(BF16, "stochastic"),
     "square_sums bf16": lambda: _run("square_sums", [_x()]),
     "square_sums fp32": lambda: _run("square_sums", [_x(FP32)]),
@@ -158,7 +170,7 @@ EVERYWHERE = (
     "bias_grad bf16", "linear gelu bf16, pre-activation saved", "linear gradients bf16",
     "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
     "sgd bf16 stochastic, int8 states", "lion bf16 stochastic, int8 states",
-    "accumulate bf16 stochastic", "square_sums bf16",
+    "accumulate bf16 stochastic", "square_sums bf16", "adafactor bf16 stochastic",
 )
 """Each kernel once, in its richest form: compiled for every target, the others for sm_90."""
 

@@ -36,10 +36,10 @@ from torch import Tensor
 from lowp.ops import update
 from lowp.reference.codec import BLOCK
 
-ROW = tl.constexpr(16)  # int64 entries of a tensor in the table
+ROW = tl.constexpr(20)  # int64 entries of a tensor in the table
 POINTERS = 7  # the first entries: param, grad, states, scales
-WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP, REST = (
-    tl.constexpr(i) for i in range(7, 15))
+WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP, REST, EXTRA = (
+    tl.constexpr(i) for i in range(7, 16))
 BLOCKS_AT_ONCE = 16 if launches.INTERPRETED else 4
 """Blocks of 256 that a program updates at a time: 8 elements a thread of 4 warps. The interpreter
 is slow by operations, not by elements."""
@@ -104,8 +104,8 @@ def load_state(state, scales, block, at, mask):
 
 
 @triton.jit
-def _drawn(start, noise, role: tl.constexpr, GROUPED: tl.constexpr):
-    return draws(noise[4] + start, STATE_BLOCK, GROUPED, noise[0], noise[1], noise[2], noise[3],
+def _drawn(start, x, noise, role: tl.constexpr, GROUPED: tl.constexpr):
+    return draws(noise[4] + start, x.shape[1], GROUPED, noise[0], noise[1], noise[2], noise[3],
                  role)
 
 
@@ -115,7 +115,7 @@ def store_float(x, target, at, mask, start, noise, role: tl.constexpr, STOCHASTI
     """Round ``x`` once into floats."""
     dtype: tl.constexpr = target.dtype.element_ty
     if STOCHASTIC and dtype != tl.float32:
-        draw = _drawn(start, noise, role, GROUPED)
+        draw = _drawn(start, x, noise, role, GROUPED)
         tl.store(target + at, to_stochastic(x, draw, dtype), mask=mask)
     else:
         tl.store(target + at, to_nearest(x, dtype), mask=mask)
@@ -130,7 +130,7 @@ def store_state(x, state, scales, block, at, mask, start, noise, role: tl.conste
         scale = state_scale(tl.max(tl.where(mask, magnitude_bits(x), 0), axis=1))
         draw = 0
         if STOCHASTIC:
-            draw = _drawn(start, noise, role, GROUPED)
+            draw = _drawn(start, x, noise, role, GROUPED)
         wide = scale[:, None] + tl.zeros(x.shape, tl.float32)
         tl.store(state + at, encode_state(x, wide, draw, dtype == tl.int8, STOCHASTIC), mask=mask)
         tl.store(scales + block, scale, mask=tl.max(mask.to(tl.int32), axis=1) > 0)
@@ -231,6 +231,7 @@ class Member(NamedTuple):
     tensor: int
     offset: int
     master: Tensor | None  # None where the weight lacks nothing
+    extra: tuple[int, ...]  # what an op adds to the table entry
 
     @property
     def types(self) -> tuple[torch.dtype | None, ...]:
@@ -240,11 +241,13 @@ class Member(NamedTuple):
 
 
 def members_of(lists: Iterable[Sequence[Tensor]], steps: Sequence[Tensor], tensors: Sequence[int],
-               offsets: Sequence[int], masters: Sequence[Tensor] | None) -> list[Member]:
+               offsets: Sequence[int], masters: Sequence[Tensor] | None,
+               extras: Sequence[tuple[int, ...]] | None = None) -> list[Member]:
     """The tensors of an update; a list that is empty is one of states that there are none of."""
     rests = [m if m.numel() else None for m in masters] if masters else [None] * len(steps)
     parts = zip(*(entries for entries in lists if entries), strict=True)
-    return [Member(*member) for member in zip(parts, steps, tensors, offsets, rests, strict=True)]
+    entries = zip(parts, steps, tensors, offsets, rests, extras or [()] * len(steps), strict=True)
+    return [Member(*entry) for entry in entries]
 
 
 class Batch(NamedTuple):
@@ -270,7 +273,7 @@ def _entry(member: Member, step: int) -> tuple[int, ...]:
     aligned = (width % 16 == 0 and member.offset % 8 == 0
                and all(address % 16 == 0 for address in (*pointers, rest)))
     return (*pointers, width, rows * per_row, per_row, member.tensor, member.offset, int(aligned),
-            step, rest, 0)
+            step, rest, *member.extra, *[0] * (ROW.value - EXTRA.value - len(member.extra)))
 
 
 def _pinned(values: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:

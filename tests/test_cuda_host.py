@@ -24,6 +24,7 @@ from tests import (
     test_bias_grad,
     test_gradients,
     test_linear_op,
+    test_matrix_optim_ops,
     test_optim_ops,
     test_quantize,
     test_scaled_mm,
@@ -60,7 +61,7 @@ def grids(kernels: None, host: ModuleType, request: pytest.FixtureRequest) -> No
 def test_which_ops_have_a_cuda_kernel() -> None:
     """Those without are named here, so that a new one cannot be forgotten."""
     missing = {name for name, op in OPS.items() if "cuda" not in op.kernels}
-    assert missing == {"adafactor", "muon"}
+    assert missing == {"muon"}
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -117,6 +118,21 @@ def test_update_options(kernels: None) -> None:
             test_optim_ops.test_masters(None, name, master)
         test_optim_ops.test_found_inf_changes_nothing(name)
         test_optim_ops.test_strides_and_empty_neighbours(name)
+
+
+def test_adafactor(kernels: None) -> None:
+    for dtype in FLOATS:
+        test_matrix_optim_ops.test_adafactor_equals_reference(None, None, dtype)
+    test_matrix_optim_ops.test_masters_and_special_values(None, "adafactor")
+    test_matrix_optim_ops.test_found_inf_neighbours_and_strides("adafactor")
+
+
+def test_adafactor_on_grids(grids: None) -> None:
+    """Vectors, matrices and batches of them, empty ones between, in one launch a stage."""
+    shapes = [(i % 3 + 1, i % 4 * 5, i % 5 * 70 + 3) if i % 2 else (i * 90,) for i in range(30)]
+    params = [torch.randn(shape).bfloat16() for shape in shapes]
+    grads = [torch.randn(p.shape) for p in params]
+    assert_equal(OPS["adafactor"], test_matrix_optim_ops.adafactor_case(params, grads))
 
 
 def test_gradients_of_many_tensors(grids: None) -> None:

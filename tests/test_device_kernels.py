@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowp.ops.accumulate import accumulate
+from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
 from lowp.ops.quantize import quantize
@@ -19,6 +20,7 @@ from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
 from tests.targets import REFERENCE, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.test_matrix_optim_ops import adafactor_case
 from tests.updates import masters_of
 
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -204,6 +206,40 @@ def test_masters(target: Target, name, kind):
         if name == "adamw":
             case["coupled"] = dtype == torch.bfloat16
         update_cases.assert_equal(target, op, {**case, "masters": masters_of(params, kind)})
+
+
+@pytest.mark.parametrize("kind", (None, "remainder", "kahan"))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adafactor(target: Target, dtype, kind):
+    """Vectors, matrices and batches of them, with whole vectors and without, and empty ones."""
+    special = special_values()
+    n = len(special)
+    rows = 3 if target.interpreted else 57
+    shapes = [(rows, 401), (2, 2, 5, 32), (1100,), (), (1, 1050), (40, 1), (0, 4), (2, rows, 272)]
+    values = [*map(torch.randn, shapes), special.repeat(n).view(n, n), random_bits(600)]
+    params = [p.to(dtype) for p in values]
+    grads = [*map(torch.randn, shapes), special.repeat_interleave(n).view(n, n),
+             random_bits(600, seed=2)]
+    for grad_type, rounding in zip((torch.float32, torch.bfloat16), ROUNDINGS, strict=True):
+        case = adafactor_case(params, [g.to(grad_type) for g in grads], rounding,
+                              maximize=rounding == "nearest", grad_scale=torch.tensor(3.0),
+                              offsets=[0, 16, 0, 5, 8, 3, 0, 24, 0, 0])
+        case["masters"] = None if kind is None else masters_of(params, kind)
+        update_cases.assert_equal(target, adafactor, case)
+
+
+def test_adafactor_in_other_ways(target: Target):
+    params, grads = [torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)]
+    case = adafactor_case(params, grads, found_inf=torch.tensor(1.0))
+    after = update_cases.run(target, adafactor, case)
+    for key in ("params", "row_vars", "col_vars", "steps"):
+        assert all(map(same_bits, after[key], case[key]))
+    update_cases.assert_equal(target, adafactor, adafactor_case([], []))
+    for form, p in strided_forms(torch.randn(16, 33)):
+        if form != "expanded":
+            case = adafactor_case([p.bfloat16()], [torch.ones(()).expand(p.shape)],
+                                  steps=[torch.tensor(12_345.0)])
+            update_cases.assert_equal(target, adafactor, case)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

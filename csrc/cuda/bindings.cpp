@@ -81,6 +81,24 @@ void define_types(py::module_& m) {
       }));
   define_table<AdamWTensor>(m, "AdamWTable");
   define_table<SgdTensor>(m, "SgdTable");
+  py::class_<cuda::AdafactorTable>(m, "AdafactorTable", py::module_local())
+      .def(py::init([](uintptr_t tensors, uintptr_t steps, uintptr_t first_run, uintptr_t first_row,
+                       uintptr_t first_piece, uintptr_t first_matrix, uintptr_t masters,
+                       uintptr_t states, uintptr_t weight_sums, uintptr_t direction_sums,
+                       uintptr_t means, int64_t count) {
+        return cuda::AdafactorTable{pointer<AdafactorTensor>(tensors),
+                                    pointer<float* const>(steps),
+                                    pointer<const int64_t>(first_run),
+                                    pointer<const int64_t>(first_row),
+                                    pointer<const int64_t>(first_piece),
+                                    pointer<const int64_t>(first_matrix),
+                                    pointer<const MasterWeight>(masters),
+                                    pointer<cuda::AdafactorState>(states),
+                                    pointer<double>(weight_sums),
+                                    pointer<double>(direction_sums),
+                                    pointer<float>(means),
+                                    count};
+      }));
   define_runs<AccumulateTensor>(m, "AccumulateTable");
   define_runs<FloatTensor>(m, "FloatTable");
 }
@@ -236,6 +254,18 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
       [](const cuda::Place& place, const cuda::RunTable<FloatTensor>& table, uintptr_t partial,
          uintptr_t sums) {
         cuda::square_sums(place, table, pointer<double>(partial), pointer<double>(sums));
+      },
+      Release());
+  m.def(
+      "adafactor",
+      [](const cuda::Place& place, const cuda::UpdateClock& clock,
+         const cuda::AdafactorTable& table, double beta2_decay, float eps1, double eps2, double d,
+         bool maximize, int rounding, uint64_t seed, int64_t runs, int64_t rows, int64_t pieces,
+         int64_t matrices) {
+        cuda::adafactor(place,
+                        {nullptr, nullptr, 0, eps1, eps2, d, 0.0f, 0.0f, maximize,
+                         Rounding(rounding), seed, 0, nullptr},
+                        beta2_decay, clock, table, runs, rows, pieces, matrices);
       },
       Release());
   m.def(

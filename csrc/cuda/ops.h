@@ -3,6 +3,7 @@
 #pragma once
 #include "accumulate.h"
 #include "activation_grad.h"
+#include "adafactor.h"
 #include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
@@ -93,6 +94,35 @@ void lion(const Place& place, const LionArgs& args, const UpdateClock& clock,
           const UpdateTable<SgdTensor>& table);
 void sgd(const Place& place, const SgdArgs& args, const UpdateClock& clock,
          const UpdateTable<SgdTensor>& table);
+
+// What every kernel of one update knows of one tensor; written on the device before it.
+struct AdafactorState {
+  double rate;    // min(lr, 1 / sqrt(step))
+  float weight;   // step^beta2_decay
+  float decay;    // 1 - lr * weight_decay
+  float unscale;  // +-1 / grad_scale
+  float size;     // what multiplies the direction, once the sums are known
+  int64_t step;   // 0 for a skipped update
+};
+
+struct AdafactorTable {
+  AdafactorTensor* tensors;     // [count]; vectors have no rows, columns or matrices below
+  float* const* steps;          // [count]: the updates applied to each, advanced by one
+  const int64_t* first_run;     // [count + 1]: number of the tensor's first run of 1024 elements
+  const int64_t* first_row;     // [count + 1]: of its first row
+  const int64_t* first_piece;   // [count + 1]: of its first 8 columns
+  const int64_t* first_matrix;  // [count + 1]: of its first matrix
+  const MasterWeight* masters;  // [count] or null
+  AdafactorState* states;       // [count]
+  double* weight_sums;          // [runs]: of squares, like the next
+  double* direction_sums;       // [runs]
+  float* means;                 // [matrices]: of the rows' variances
+  int64_t count;
+};
+
+void adafactor(const Place& place, const AdafactorArgs& args, double beta2_decay,
+               const UpdateClock& clock, const AdafactorTable& table, int64_t runs, int64_t rows,
+               int64_t pieces, int64_t matrices);
 
 // Copies host bytes by way of kernel parameters, which a captured graph keeps.
 void upload(const Place& place, const void* bytes, int64_t size, void* target);

@@ -126,6 +126,27 @@ def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
     return (*addresses, count, sum(runs)), memory
 
 
+def upload_sizes(rows: list[bytes], steps: Sequence[Tensor], sizes: Sequence[Sequence[int]],
+                 device: torch.device, masters: Sequence[bytes],
+                 ) -> tuple[list[int], list[int], Tensor]:
+    """:func:`upload` of tensors that are taken in pieces of several kinds.
+
+    Args:
+        sizes: each tensor's number of pieces of every kind.
+
+    Returns:
+        the addresses of (tensors, steps, where each kind begins in each tensor, masters); the sum
+        of each kind's pieces; and the memory.
+    """
+    kinds = list(zip(*sizes, strict=True))
+    parts = [b"".join(rows), struct.pack(f"<{len(rows)}Q", *[s.data_ptr() for s in steps]),
+             *map(_first_runs, kinds), b"".join(masters)]
+    addresses, memory = _placed(parts, device)
+    if not masters:
+        addresses[-1] = 0
+    return addresses, list(map(sum, kinds)), memory
+
+
 def upload_runs(rows: list[bytes], runs: Sequence[int],
                 device: torch.device) -> tuple[tuple[int, ...], Tensor]:
     """A table of packed tensors that are taken in runs, whatever a run is.
