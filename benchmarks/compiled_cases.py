@@ -115,8 +115,9 @@ def _adafactor(param: torch.dtype, rounding: str, master: torch.dtype | None = N
     def run() -> object:
         empty = torch.empty(0)
         return _run("adafactor", [_x(param)], [_x(param)], [torch.empty(TOKENS, 1)],
-                    [torch.empty(1, FEATURES)], [empty], [torch.zeros(())], torch.tensor(1e-3), -0.8,
-                    1e-7, 1e-3, 1.0, 0.1, False, rounding, 1, [2], [0], None, None, _master(master))
+                    [torch.empty(1, FEATURES)], [empty], [torch.zeros(())], torch.tensor(1e-3),
+                    -0.8, 1e-7, 1e-3, 1.0, 0.1, False, rounding, 1, [2], [0], None, None,
+                    _master(master))
 
     return run
 
