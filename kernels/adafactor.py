@@ -32,8 +32,8 @@ from lowp.ops import update
 from lowp.ops.adafactor import matrices_of
 
 R, COLS = 16, 256  # sums of rows and runs, and of columns, at a time: a warp's threads take 8 each
-MATRICES, ROWS, WIDE, FIRST_RUN, FIRST_MATRIX = (tl.constexpr(15 + i) for i in range(5))
-assert MATRICES.value == EXTRA.value
+MATRICES, ROWS, WIDE, FIRST_RUN, FIRST_MATRIX = (
+    tl.constexpr(EXTRA.value + i) for i in range(5))
 
 
 @triton.jit
