@@ -48,7 +48,7 @@ def _blocks(entry, first, last, partial, T: tl.constexpr, R: tl.constexpr,
         start = i + tl.arange(0, R).to(tl.int64) * RUN
         at = start[:, None] + lane[None, :]
         lanes = tl.zeros([R, LANES], tl.float64)
-        for _ in tl.range(RUN // LANES, loop_unroll_factor=8):
+        for _ in tl.range(RUN // LANES, loop_unroll_factor=4):
             mask = at < end
             value = widen(tl.load(x + at, mask=mask, other=0)).to(tl.float64)
             lanes += value * value  # +0 beyond the end, which changes no sum
