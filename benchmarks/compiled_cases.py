@@ -70,23 +70,54 @@ def _state(state: torch.dtype | str, codes: torch.dtype) -> tuple[torch.Tensor, 
 
 
 def _adamw(param: torch.dtype, state: torch.dtype | str, rounding: str,
-           amsgrad: bool = False) -> Case:
+           amsgrad: bool = False, master: torch.dtype | None = None) -> Case:
     def run() -> object:
         (m, m_scale), (v, v_scale) = _state(state, torch.int8), _state(state, torch.uint8)
         return _run("adamw", [_x(param)], [_x(param)], [m], [v], [m_scale], [v_scale],
                     [_x(FP32)] if amsgrad else [], [torch.zeros(())], torch.tensor(1e-3), 0.9, 0.99,
                     0.1, 1e-8, False, rounding, rounding, 1, [2], [0], torch.ones(()),
-                    torch.zeros(()))
+                    torch.zeros(()), False, _master(master))
 
     return run
 
 
-def _sgd(param: torch.dtype, state: torch.dtype | str, rounding: str) -> Case:
+def _master(kind: torch.dtype | None) -> list[torch.Tensor] | None:
+    return None if kind is None else [_x(kind)]
+
+
+def _sgd(param: torch.dtype, state: torch.dtype | str, rounding: str,
+         master: torch.dtype | None = None) -> Case:
     def run() -> object:
         buffer, scale = _state(state, torch.int8)
         return _run("sgd", [_x(param)], [_x(param)], [buffer], [scale], [torch.zeros(())],
                     torch.tensor(1e-3), 0.9, 0.0, 0.1, True, False, rounding, rounding, 1, [2], [0],
-                    None, None)
+                    None, None, _master(master))
+
+    return run
+
+
+def _lion(param: torch.dtype, state: torch.dtype | str, rounding: str,
+          master: torch.dtype | None = None) -> Case:
+    def run() -> object:
+        m, scale = _state(state, torch.int8)
+        return _run("lion", [_x(param)], [_x(param)], [m], [scale], [torch.zeros(())],
+                    torch.tensor(1e-3), 0.9, 0.99, 0.1, False, rounding, rounding, 1, [2], [0],
+                    None, None, _master(master))
+
+    return run
+
+
+def _accumulate(total: torch.dtype, rounding: str) -> Case:
+    return lambda: _run("accumulate", [_x(total)], [_x(BF16)], rounding, 1, STEP, 1, [2], [0])
+
+
+def _adafactor(param: torch.dtype, rounding: str, master: torch.dtype | None = None) -> Case:
+    def run() -> object:
+        empty = torch.empty(0)
+        return _run("adafactor", [_x(param)], [_x(param)], [torch.empty(TOKENS, 1)],
+                    [torch.empty(1, FEATURES)], [empty], [torch.zeros(())], torch.tensor(1e-3),
+                    -0.8, 1e-7, 1e-3, 1.0, 0.1, False, rounding, 1, [2], [0], None, None,
+                    _master(master))
 
     return run
 
@@ -121,7 +152,16 @@ CASES: dict[str, Case] = {
     "adamw bf16 stochastic, fp32 states, AMSGrad": _adamw(BF16, FP32, "stochastic", True),
     "adamw fp32 nearest, fp32 states": _adamw(FP32, FP32, "nearest"),
     "sgd bf16 stochastic, int8 states": _sgd(BF16, "int8", "stochastic"),
+    "adamw bf16 stochastic, int8 states, Kahan": _adamw(BF16, "int8", "stochastic", master=BF16),
     "sgd bf16 stochastic, bf16 states": _sgd(BF16, BF16, "stochastic"),
+    "sgd bf16 stochastic, int8 states, remainder": _sgd(BF16, "int8", "stochastic", torch.int16),
+    "adafactor bf16 stochastic": _adafactor(BF16, "stochastic"),
+    "adafactor bf16 nearest, Kahan": _adafactor(BF16, "nearest", BF16),
+    "accumulate bf16 stochastic": _accumulate(BF16, "stochastic"),
+    "square_sums bf16": lambda: _run("square_sums", [_x()]),
+    "square_sums fp32": lambda: _run("square_sums", [_x(FP32)]),
+    "lion bf16 stochastic, int8 states": _lion(BF16, "int8", "stochastic"),
+    "lion bf16 stochastic, bf16 states, Kahan": _lion(BF16, BF16, "stochastic", BF16),
 }
 
 EVERYWHERE = (
@@ -130,7 +170,8 @@ EVERYWHERE = (
     "quantize_row_col stochastic bf16", "dequantize row bf16", "activation_grad gelu bf16",
     "bias_grad bf16", "linear gelu bf16, pre-activation saved", "linear gradients bf16",
     "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
-    "sgd bf16 stochastic, int8 states",
+    "sgd bf16 stochastic, int8 states", "lion bf16 stochastic, int8 states",
+    "accumulate bf16 stochastic", "square_sums bf16", "adafactor bf16 stochastic",
 )
 """Each kernel once, in its richest form: compiled for every target, the others for sm_90."""
 

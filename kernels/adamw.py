@@ -11,19 +11,18 @@ from lowp.kernels.numerics import canonical_nan, widen
 from lowp.kernels.update import (
     ALIGNED,
     BLOCKS_AT_ONCE,
-    OFFSET,
-    ROW,
-    TENSOR,
-    TYPES,
-    Member,
     advance,
-    batches,
+    chunk_of,
+    counted,
     load_state,
+    load_weight,
+    members_of,
+    noise_of,
     pointer,
-    require_no_masters,
     span,
     store_float,
     store_state,
+    store_weight,
 )
 from torch import Tensor
 
@@ -31,15 +30,14 @@ from lowp.ops import update
 
 
 @triton.jit
-def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, eps, weight_decay,
-            seed_low, seed_high, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-            LARGEST: tl.constexpr, R: tl.constexpr, COUPLED: tl.constexpr, STOCHASTIC: tl.constexpr,
-            STATE_STOCHASTIC: tl.constexpr, ALIGNED_ROW: tl.constexpr):
+def _blocks(entry, scalars, noise, first, last, one_minus_beta1, one_minus_beta2, eps, weight_decay,
+            P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+            LARGEST: tl.constexpr, REST: tl.constexpr, R: tl.constexpr, COUPLED: tl.constexpr,
+            STOCHASTIC: tl.constexpr, STATE_STOCHASTIC: tl.constexpr, ALIGNED_ROW: tl.constexpr):
     """The update of the blocks ``first`` to ``last`` of one tensor."""
     param, grad = pointer(entry, 0, P, ALIGNED_ROW), pointer(entry, 1, G, ALIGNED_ROW)
     exp_avg, exp_avg_sq = pointer(entry, 2, M, ALIGNED_ROW), pointer(entry, 3, V, ALIGNED_ROW)
     m_scales, v_scales = pointer(entry, 4, tl.float32, False), pointer(entry, 5, tl.float32, False)
-    tensor, offset = tl.load(entry + TENSOR), tl.load(entry + OFFSET)
     step_size, inv_sqrt_bc2 = tl.load(scalars), tl.load(scalars + 1)
     decay, unscale = tl.load(scalars + 2), tl.load(scalars + 3)
     CODES: tl.constexpr = tl.int8 == M or tl.uint8 == V
@@ -47,7 +45,7 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
         block, start, at, mask = span(entry, i, R, ALIGNED_ROW, CODES)
         g = widen(tl.load(grad + at, mask=mask, other=0)) * unscale
         if COUPLED:
-            g = g + widen(tl.load(param + at, mask=mask, other=0)) * weight_decay
+            g = g + load_weight(entry, param, at, mask, REST, ALIGNED_ROW) * weight_decay
         m = load_state(exp_avg, m_scales, block, at, mask)
         v = load_state(exp_avg_sq, v_scales, block, at, mask)
         if tl.uint8 == V:
@@ -59,44 +57,41 @@ def _blocks(entry, scalars, now, first, last, one_minus_beta1, one_minus_beta2, 
             largest = pointer(entry, 6, LARGEST, ALIGNED_ROW)
             before = widen(tl.load(largest + at, mask=mask, other=0))
             used = tl.where((before > v) | (before != before), before, v)
-            store_float(used, largest, at, mask, start, offset, seed_low, seed_high, now, tensor, 3,
-                        STATE_STOCHASTIC, ALIGNED_ROW)
+            store_float(used, largest, at, mask, start, noise, 3, STATE_STOCHASTIC, ALIGNED_ROW)
         denominator = tl.sqrt_rn(used) * inv_sqrt_bc2 + eps
-        p = widen(tl.load(param + at, mask=mask, other=0))
+        p = load_weight(entry, param, at, mask, REST, ALIGNED_ROW)
         if not COUPLED:
             p = p * decay
         p = canonical_nan(p - tl.div_rn(m, denominator) * step_size)
-        store_float(p, param, at, mask, start, offset, seed_low, seed_high, now, tensor, 0,
-                    STOCHASTIC, ALIGNED_ROW)
-        store_state(m, exp_avg, m_scales, block, at, mask, start, offset, seed_low, seed_high, now,
-                    tensor, 1, STATE_STOCHASTIC, ALIGNED_ROW)
+        store_weight(p, entry, param, at, mask, start, noise, REST, STOCHASTIC, ALIGNED_ROW)
+        store_state(m, exp_avg, m_scales, block, at, mask, start, noise, 1, STATE_STOCHASTIC,
+                    ALIGNED_ROW)
         if tl.uint8 == V:
             v = tl.sqrt_rn(v)
-        store_state(v, exp_avg_sq, v_scales, block, at, mask, start, offset, seed_low, seed_high,
-                    now, tensor, 2, STATE_STOCHASTIC, ALIGNED_ROW)
+        store_state(v, exp_avg_sq, v_scales, block, at, mask, start, noise, 2, STATE_STOCHASTIC,
+                    ALIGNED_ROW)
 
 
 @triton.jit(do_not_specialize=["chunk_blocks", "seed_low", "seed_high"])
 def _adamw(table, chunks, scalars, steps, chunk_blocks: tl.int64, one_minus_beta1: tl.float32,
            one_minus_beta2: tl.float32, eps: tl.float32, weight_decay: tl.float32,
            seed_low: tl.int64, seed_high: tl.int64, P: tl.constexpr, G: tl.constexpr,
-           M: tl.constexpr, V: tl.constexpr, LARGEST: tl.constexpr, R: tl.constexpr,
-           COUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, STATE_STOCHASTIC: tl.constexpr):
+           M: tl.constexpr, V: tl.constexpr, LARGEST: tl.constexpr, REST: tl.constexpr,
+           R: tl.constexpr, COUPLED: tl.constexpr, STOCHASTIC: tl.constexpr,
+           STATE_STOCHASTIC: tl.constexpr):
     """One chunk of one tensor a program; a tensor whose step is 0 is skipped."""
-    chunk = chunks + tl.program_id(0).to(tl.int64) * 2
-    index = tl.load(chunk).to(tl.int64)
-    first = tl.load(chunk + 1).to(tl.int64) * chunk_blocks
-    entry = table + index * ROW
-    now = tl.load(steps + index)
+    entry, index, first = chunk_of(table, chunks, chunk_blocks)
+    scalars, now = scalars + index * 4, tl.load(steps + index)
+    noise = noise_of(entry, now, seed_low, seed_high)
     if now > 0:
         if tl.load(entry + ALIGNED) == 1:
-            _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, weight_decay, seed_low, seed_high, P, G, M, V, LARGEST, R,
-                    COUPLED, STOCHASTIC, STATE_STOCHASTIC, True)
+            _blocks(entry, scalars, noise, first, first + chunk_blocks, one_minus_beta1,
+                    one_minus_beta2, eps, weight_decay, P, G, M, V, LARGEST, REST, R, COUPLED,
+                    STOCHASTIC, STATE_STOCHASTIC, True)
         else:  # one draw an element: a quarter of the elements needs as many registers
-            _blocks(entry, scalars + index * 4, now, first, first + chunk_blocks, one_minus_beta1,
-                    one_minus_beta2, eps, weight_decay, seed_low, seed_high, P, G, M, V, LARGEST,
-                    R // 4, COUPLED, STOCHASTIC, STATE_STOCHASTIC, False)
+            _blocks(entry, scalars, noise, first, first + chunk_blocks, one_minus_beta1,
+                    one_minus_beta2, eps, weight_decay, P, G, M, V, LARGEST, REST, R // 4, COUPLED,
+                    STOCHASTIC, STATE_STOCHASTIC, False)
 
 
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
@@ -107,22 +102,19 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
           tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
           found_inf: Tensor | None, coupled: bool = False,
           masters: Sequence[Tensor] | None = None) -> None:
-    """The op :data:`lowp.ops.adamw.adamw`, without masters."""
-    require_no_masters("adamw", masters)
+    """The op :data:`lowp.ops.adamw.adamw`."""
     grads = [g.contiguous() for g in grads]
     bits = seed & (2**64 - 1)
     with update.contiguous_params(params) as work, \
             update.contiguous_params(max_exp_avg_sqs) as maxima:
-        lists = (work, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales)
-        members = [Member((*parts, *maxima[i:i + 1]), steps[i], tensors[i], offsets[i])
-                   for i, parts in enumerate(zip(*lists, strict=True))]
-        for batch, on_device, types in batches(members, found_inf):
+        lists = (work, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, maxima)
+        members = members_of(lists, steps, tensors, offsets, masters)
+        for batch, on_device, (rest, p, g, m, v, _, _, *largest) in counted(members, found_inf):
             advance(batch, on_device, lr, beta1, beta2, weight_decay, maximize, grad_scale,
                     found_inf)
-            p, g, m, v, _, _, *largest = (TYPES[t] for t in types)
             launch(_adamw, (len(batch.chunks) // 2,), batch.table, batch.chunks, batch.scalars,
                    batch.now, batch.chunk_blocks, 1 - beta1, 1 - beta2, eps, weight_decay,
                    bits & 0xFFFFFFFF, bits >> 32, P=p, G=g, M=m, V=v,
-                   LARGEST=largest[0] if largest else None, R=BLOCKS_AT_ONCE,
+                   LARGEST=largest[0] if largest else None, REST=rest, R=BLOCKS_AT_ONCE,
                    COUPLED=coupled and weight_decay != 0, STOCHASTIC=rounding == "stochastic",
                    STATE_STOCHASTIC=state_rounding == "stochastic", num_warps=4, **EXACT)

@@ -20,6 +20,12 @@ MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
+def divide_fp64(a, b):
+    """IEEE division of fp64; of fp32 Triton's / is approximate, and div_rn the IEEE one."""
+    return a / b
+
+
+@triton.jit
 def float_bits(x):
     return x.to(tl.uint32, bitcast=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,14 @@ import triton.language as tl
 from lowp.kernels import launch as launches
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import (
+    INF_BITS,
     STATE_BLOCK,
+    bits_float,
+    canonical_nan,
     decode_state,
     draws,
     encode_state,
+    float_bits,
     magnitude_bits,
     state_scale,
     to_nearest,
@@ -29,19 +33,19 @@ from lowp.kernels.numerics import (
 )
 from torch import Tensor
 
-from lowp.backend import BackendError
 from lowp.ops import update
 from lowp.reference.codec import BLOCK
 
-ROW = tl.constexpr(16)  # int64 entries of a tensor in the table
+ROW = tl.constexpr(20)  # int64 entries of a tensor in the table
 POINTERS = 7  # the first entries: param, grad, states, scales
-WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP = (tl.constexpr(i) for i in range(7, 14))
+WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP, REST, EXTRA = (
+    tl.constexpr(i) for i in range(7, 16))
 BLOCKS_AT_ONCE = 16 if launches.INTERPRETED else 4
 """Blocks of 256 that a program updates at a time: 8 elements a thread of 4 warps. The interpreter
 is slow by operations, not by elements."""
 LANES = 128  # tensors whose scalars one program computes
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-         torch.int8: tl.int8, torch.uint8: tl.uint8}
+         torch.int8: tl.int8, torch.uint8: tl.uint8, torch.int16: tl.int16}
 
 
 @triton.jit
@@ -51,6 +55,20 @@ def pointer(entry, index: tl.constexpr, dtype: tl.constexpr, ALIGNED_ROW: tl.con
     if ALIGNED_ROW:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def chunk_of(table, chunks, chunk_blocks):
+    """The chunk of one tensor that a program takes: table entry, index and first block."""
+    chunk = chunks + tl.program_id(0).to(tl.int64) * 2
+    index = tl.load(chunk).to(tl.int64)
+    return table + index * ROW, index, tl.load(chunk + 1).to(tl.int64) * chunk_blocks
+
+
+@triton.jit
+def noise_of(entry, now, seed_low, seed_high):
+    """What a tensor draws, of which only the role changes."""
+    return seed_low, seed_high, now, tl.load(entry + TENSOR), tl.load(entry + OFFSET)
 
 
 @triton.jit
@@ -86,34 +104,73 @@ def load_state(state, scales, block, at, mask):
 
 
 @triton.jit
-def store_float(x, target, at, mask, start, offset, seed_low, seed_high, now, tensor,
-                role: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr):
+def _drawn(start, x, noise, role: tl.constexpr, GROUPED: tl.constexpr):
+    return draws(noise[4] + start, x.shape[1], GROUPED, noise[0], noise[1], noise[2], noise[3],
+                 role)
+
+
+@triton.jit
+def store_float(x, target, at, mask, start, noise, role: tl.constexpr, STOCHASTIC: tl.constexpr,
+                GROUPED: tl.constexpr):
     """Round ``x`` once into floats."""
     dtype: tl.constexpr = target.dtype.element_ty
     if STOCHASTIC and dtype != tl.float32:
-        draw = draws(offset + start, STATE_BLOCK, GROUPED, seed_low, seed_high, now, tensor, role)
+        draw = _drawn(start, x, noise, role, GROUPED)
         tl.store(target + at, to_stochastic(x, draw, dtype), mask=mask)
     else:
         tl.store(target + at, to_nearest(x, dtype), mask=mask)
 
 
 @triton.jit
-def store_state(x, state, scales, block, at, mask, start, offset, seed_low, seed_high, now, tensor,
-                role: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr):
+def store_state(x, state, scales, block, at, mask, start, noise, role: tl.constexpr,
+                STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr):
     """Round ``x`` once into a state of floats, or code it."""
     dtype: tl.constexpr = state.dtype.element_ty
     if dtype == tl.int8 or dtype == tl.uint8:
         scale = state_scale(tl.max(tl.where(mask, magnitude_bits(x), 0), axis=1))
         draw = 0
         if STOCHASTIC:
-            draw = draws(offset + start, STATE_BLOCK, GROUPED, seed_low, seed_high, now, tensor,
-                         role)
+            draw = _drawn(start, x, noise, role, GROUPED)
         wide = scale[:, None] + tl.zeros(x.shape, tl.float32)
         tl.store(state + at, encode_state(x, wide, draw, dtype == tl.int8, STOCHASTIC), mask=mask)
         tl.store(scales + block, scale, mask=tl.max(mask.to(tl.int32), axis=1) > 0)
     else:
-        store_float(x, state, at, mask, start, offset, seed_low, seed_high, now, tensor, role,
-                    STOCHASTIC, GROUPED)
+        store_float(x, state, at, mask, start, noise, role, STOCHASTIC, GROUPED)
+
+
+@triton.jit
+def load_weight(entry, param, at, mask, REST_TYPE: tl.constexpr, ALIGNED_ROW: tl.constexpr):
+    """A weight in fp32 with what its master adds (lowp.reference.stores.load_weight)."""
+    x = widen(tl.load(param + at, mask=mask, other=0))
+    if REST_TYPE is not None:
+        rest = tl.load(pointer(entry, REST, REST_TYPE, ALIGNED_ROW) + at, mask=mask, other=0)
+        if tl.int16 == REST_TYPE:
+            x = bits_float(float_bits(x) + rest.to(tl.int32).to(tl.uint32, bitcast=True))
+        else:
+            x = x + widen(rest)
+    return x
+
+
+@triton.jit
+def store_weight(x, entry, param, at, mask, start, noise, REST_TYPE: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, ALIGNED_ROW: tl.constexpr):
+    """Round ``x`` into the weight and keep in its master what that loses."""
+    if REST_TYPE is None:
+        store_float(x, param, at, mask, start, noise, 0, STOCHASTIC, ALIGNED_ROW)
+    else:
+        master = pointer(entry, REST, REST_TYPE, ALIGNED_ROW)
+        dtype: tl.constexpr = param.dtype.element_ty
+        if tl.int16 == REST_TYPE:
+            bits = float_bits(x)
+            high = ((bits + 0x8000) >> 16).to(tl.uint16).to(dtype, bitcast=True)
+            tl.store(param + at, high, mask=mask)
+            tl.store(master + at, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+        else:
+            nearest = to_nearest(x, dtype)
+            tl.store(param + at, nearest, mask=mask)
+            kept = widen(nearest)
+            lost = tl.where(magnitude_bits(kept) == INF_BITS, 0.0, canonical_nan(x - kept))
+            store_float(lost, master, at, mask, start, noise, 0, STOCHASTIC, ALIGNED_ROW)
 
 
 @triton.jit
@@ -166,18 +223,6 @@ def _advance(table, scalars, now, lr_pointer, grad_scale, found_inf, tensors: tl
     tl.store(now + i, tl.where(skipped == 0, t, 0).to(tl.int64), mask=mask)
 
 
-def require_no_masters(op: str, masters: Sequence[Tensor] | None) -> None:
-    """BackendError for ``masters``, which these kernels do not read.
-
-    Empty ones, as those of fp32 parameters, say nothing and are let through.
-    """
-    if any(master.numel() for master in masters or ()):
-        raise BackendError(
-            f"lowp::{op}: the triton kernel takes no masters (expected None or empty ones), got "
-            "some; the backends cpu, cuda and reference have them"
-        )
-
-
 class Member(NamedTuple):
     """One tensor of an update: its param, grad, states and scales (empty where it has none)."""
 
@@ -185,11 +230,24 @@ class Member(NamedTuple):
     step: Tensor
     tensor: int
     offset: int
+    master: Tensor | None  # None where the weight lacks nothing
+    extra: tuple[int, ...]  # what an op adds to the table entry
 
     @property
-    def types(self) -> tuple[torch.dtype, ...]:
+    def types(self) -> tuple[torch.dtype | None, ...]:
         """What must be equal for tensors to share a launch."""
-        return tuple(t.dtype for t in self.tensors)
+        return (None if self.master is None else self.master.dtype,
+                *(t.dtype for t in self.tensors))
+
+
+def members_of(lists: Iterable[Sequence[Tensor]], steps: Sequence[Tensor], tensors: Sequence[int],
+               offsets: Sequence[int], masters: Sequence[Tensor] | None,
+               extras: Sequence[tuple[int, ...]] | None = None) -> list[Member]:
+    """The tensors of an update; a list that is empty is one of states that there are none of."""
+    rests = [m if m.numel() else None for m in masters] if masters else [None] * len(steps)
+    parts = zip(*(entries for entries in lists if entries), strict=True)
+    entries = zip(parts, steps, tensors, offsets, rests, extras or [()] * len(steps), strict=True)
+    return [Member(*entry) for entry in entries]
 
 
 class Batch(NamedTuple):
@@ -211,10 +269,11 @@ def _entry(member: Member, step: int) -> tuple[int, ...]:
     per_row = -(-width // BLOCK)
     pointers = [t.data_ptr() if t.numel() else 0 for t in member.tensors]
     pointers += [0] * (POINTERS - len(pointers))
+    rest = 0 if member.master is None else member.master.data_ptr()
     aligned = (width % 16 == 0 and member.offset % 8 == 0
-               and all(address % 16 == 0 for address in pointers))
+               and all(address % 16 == 0 for address in (*pointers, rest)))
     return (*pointers, width, rows * per_row, per_row, member.tensor, member.offset, int(aligned),
-            step, 0, 0)
+            step, rest, *member.extra, *[0] * (ROW.value - EXTRA.value - len(member.extra)))
 
 
 def _pinned(values: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -235,7 +294,7 @@ def _table(packed: bytes, host_steps: bool, device: torch.device) -> Batch:
     chunks = [n for i, count in enumerate(blocks) for c in range(-(-count // size)) for n in (i, c)]
     steps = torch.zeros(len(entries), dtype=torch.float32, device=device)
     if host_steps:
-        entries = [(*entry[:STEP.value], steps[i:].data_ptr(), 0, 0)
+        entries = [(*entry[:STEP.value], steps[i:].data_ptr(), *entry[REST.value:])
                    for i, entry in enumerate(entries)]
     sources = (_pinned((n for entry in entries for n in entry), torch.int64, device),
                _pinned(chunks, torch.int32, device))
@@ -275,24 +334,28 @@ def advance(batch: Batch, on_device: bool, lr: Tensor, beta1: float, beta2: floa
            weight_decay, ADVANCE=on_device, MAXIMIZE=maximize, LANES=LANES, num_warps=4, **EXACT)
 
 
-def batches(members: Sequence[Member],
-            found_inf: Tensor | None) -> list[tuple[Batch, bool, tuple[torch.dtype, ...]]]:
-    """Batches of tensors of the same types, whether the device keeps their steps, and the types.
+def batches(members: Sequence[Member], counts: Sequence[int] | None = None,
+            ) -> Iterator[tuple[Batch, list[tl.dtype | None]]]:
+    """Batches of tensors of the same types, and the types: that of the masters (None without), then
+    those of the tensors."""
+    groups: dict[tuple[torch.dtype | None, ...], list[int]] = {}
+    for i, member in enumerate(members):
+        groups.setdefault(member.types, []).append(i)
+    for types, which in groups.items():
+        batch = batch_of([members[i] for i in which],
+                         None if counts is None else [counts[i] for i in which])
+        yield batch, [None if t is None else TYPES[t] for t in types]
+
+
+def counted(members: Sequence[Member], found_inf: Tensor | None,
+            ) -> Iterator[tuple[Batch, bool, list[tl.dtype | None]]]:
+    """:func:`batches` of an update, and whether the device keeps their steps.
 
     None if steps are kept on the host and ``found_inf`` says to skip: the host then counts none.
     """
-    if not members:
-        return []
-    device = members[0].tensors[0].device
-    on_device = all(m.step.device == device for m in members)
-    counts = None
-    if not on_device:
-        if update.is_skipped(found_inf):
-            return []
-        counts = update.advance([m.step for m in members])
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, member in enumerate(members):
-        groups.setdefault(member.types, []).append(i)
-    return [(batch_of([members[i] for i in which], None if counts is None else
-                      [counts[i] for i in which]), on_device, types)
-            for types, which in groups.items()]
+    on_device = all(m.step.device == m.tensors[0].device for m in members)
+    if not on_device and update.is_skipped(found_inf):
+        return
+    counts = None if on_device else update.advance([m.step for m in members])
+    for batch, types in batches(members, counts):
+        yield batch, on_device, types

@@ -22,7 +22,9 @@ from tests import (
     cuda_host,
     test_activation,
     test_bias_grad,
+    test_gradients,
     test_linear_op,
+    test_matrix_optim_ops,
     test_optim_ops,
     test_quantize,
     test_scaled_mm,
@@ -31,7 +33,6 @@ from tests.targets import CPU
 from tests.tensors import FLOATS, random_bits, special_values
 from tests.updates import assert_equal
 
-UPDATES = ("adamw", "sgd")
 ROUNDINGS = ("nearest", "stochastic")
 GRIDS = (1, 3, 1000)  # blocks: fewer than there is work, an odd number, more
 
@@ -60,7 +61,7 @@ def grids(kernels: None, host: ModuleType, request: pytest.FixtureRequest) -> No
 def test_which_ops_have_a_cuda_kernel() -> None:
     """Those without are named here, so that a new one cannot be forgotten."""
     missing = {name for name, op in OPS.items() if "cuda" not in op.kernels}
-    assert missing == {"accumulate", "adafactor", "lion", "muon", "square_sums"}
+    assert missing == {"muon"}
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -102,7 +103,7 @@ def test_bias_grad_values(grids: None) -> None:
 
 
 @pytest.mark.parametrize("kind", test_optim_ops.STATES, ids=str)
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", test_optim_ops.OPS)
 def test_updates(kernels: None, name: str, kind: object) -> None:
     for dtype in FLOATS:
         test_optim_ops.test_kernel_equals_reference(None, name, dtype, kind)
@@ -112,17 +113,40 @@ def test_updates(kernels: None, name: str, kind: object) -> None:
 def test_update_options(kernels: None) -> None:
     test_optim_ops.test_options(None)
     test_optim_ops.test_draws_depend_on_the_global_element_alone()
-    for name in UPDATES:
+    for name in test_optim_ops.OPS:
         for master in ("remainder", "kahan"):
             test_optim_ops.test_masters(None, name, master)
         test_optim_ops.test_found_inf_changes_nothing(name)
         test_optim_ops.test_strides_and_empty_neighbours(name)
 
 
+def test_adafactor(kernels: None) -> None:
+    for dtype in FLOATS:
+        test_matrix_optim_ops.test_adafactor_equals_reference(None, None, dtype)
+    test_matrix_optim_ops.test_masters_and_special_values(None, "adafactor")
+    test_matrix_optim_ops.test_found_inf_neighbours_and_strides("adafactor")
+
+
+def test_adafactor_on_grids(grids: None) -> None:
+    """Vectors, matrices and batches of them, empty ones between, in one launch a stage."""
+    shapes = [(i % 3 + 1, i % 4 * 5, i % 5 * 70 + 3) if i % 2 else (i * 90,) for i in range(30)]
+    params = [torch.randn(shape).bfloat16() for shape in shapes]
+    grads = [torch.randn(p.shape) for p in params]
+    assert_equal(OPS["adafactor"], test_matrix_optim_ops.adafactor_case(params, grads))
+
+
+def test_gradients_of_many_tensors(grids: None) -> None:
+    for dtype in FLOATS:
+        test_gradients.test_square_sums_equal_reference_and_exact(None, None, dtype)
+        for rounding in ROUNDINGS:
+            test_gradients.test_accumulate_equals_reference(None, dtype, rounding)
+    test_gradients.test_accumulate_in_other_ways(None)
+
+
 def test_many_tensors_in_one_launch(grids: None) -> None:
     """More than one upload's worth of table, empty tensors between, steps of their own."""
     shapes = [(i % 5 * 7, i % 3 * 150 + 1) for i in range(90)]
-    for name in UPDATES:
+    for name in test_optim_ops.OPS:
         op, make = test_optim_ops.OPS[name]
         params = [torch.randn(shape).bfloat16() for shape in shapes]
         case = make(params, [torch.randn(p.shape) for p in params], "int8",

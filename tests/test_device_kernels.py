@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from lowp.backend import BackendError
+from lowp.ops.accumulate import accumulate
+from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
+from lowp.ops.lion import lion
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
+from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
-from tests.targets import Target
+from tests.targets import REFERENCE, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
+from tests.test_matrix_optim_ops import adafactor_case
 from tests.updates import masters_of
 
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -167,6 +172,8 @@ def test_options_of_updates(target: Target, kind):
         params, grads, kind, nesterov=True, dampening=0.0, **scaler))
     update_cases.assert_equal(target, sgd, update_cases.sgd_case(
         params, grads, kind, momentum_buffers=[], momentum_scales=[], weight_decay=0.0))
+    update_cases.assert_equal(target, lion, update_cases.lion_case(
+        params, grads, kind, maximize=True, weight_decay=0.0, **scaler))
 
 
 @pytest.mark.parametrize("kind", update_cases.STATES)
@@ -184,18 +191,89 @@ def test_adam_with_coupled_decay(target: Target, kind):
 
 @pytest.mark.parametrize("kind", ("remainder", "kahan"))
 @pytest.mark.parametrize("name", update_cases.OPS)
-def test_masters_are_kept_or_refused_by_name(target: Target, name, kind):
+def test_masters(target: Target, name, kind):
     op, make = update_cases.OPS[name]
-    params, grads = [torch.randn(300).bfloat16(), torch.randn(9)], [torch.randn(300), torch.ones(9)]
-    trailing = {"coupled": False} if name == "adamw" else {}
-    case = {**make(params, grads, torch.float32), **trailing, "masters": masters_of(params, kind)}
-    if target.backend == "triton":
-        message = f"lowp::{name}: the triton kernel takes no masters .* cpu, cuda and reference"
-        with pytest.raises(BackendError, match=message):
-            update_cases.run(target, op, case)
-        case = {**make(params[1:], grads[1:], torch.float32), **trailing,
-                "masters": masters_of(params[1:], kind)}
-    update_cases.assert_equal(target, op, case)
+    special = special_values()
+    values = [torch.randn(6 if target.interpreted else 57, 401), torch.randn(()),
+              torch.empty(0, 3), special.repeat(len(special)), random_bits(3000, seed=3),
+              torch.randn(4, 272)]
+    grads = [torch.randn(p.shape) for p in values]
+    grads[3:5] = special.repeat_interleave(len(special)), random_bits(3000, seed=2)
+    for dtype, rounding in itertools.product(FLOATS, ROUNDINGS):
+        params = [p.to(dtype) for p in values]
+        states = "int8" if rounding == "stochastic" else dtype
+        case = make(params, grads, states, rounding, offsets=[0, 3, 0, 5, 8, 16])
+        if name == "adamw":
+            case["coupled"] = dtype == torch.bfloat16
+        update_cases.assert_equal(target, op, {**case, "masters": masters_of(params, kind)})
+
+
+@pytest.mark.parametrize("kind", (None, "remainder", "kahan"))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adafactor(target: Target, dtype, kind):
+    """Vectors, matrices and batches of them, with whole vectors and without, and empty ones."""
+    special = special_values()
+    n = len(special)
+    rows = 3 if target.interpreted else 57
+    shapes = [(rows, 401), (2, 2, 5, 32), (1100,), (), (1, 1050), (40, 1), (0, 4), (2, rows, 272)]
+    values = [*map(torch.randn, shapes), special.repeat(n).view(n, n), random_bits(600)]
+    params = [p.to(dtype) for p in values]
+    grads = [*map(torch.randn, shapes), special.repeat_interleave(n).view(n, n),
+             random_bits(600, seed=2)]
+    nearest = kind == "remainder"
+    case = adafactor_case(params, [g.bfloat16() if nearest else g for g in grads],
+                          ROUNDINGS[not nearest], maximize=nearest, grad_scale=torch.tensor(3.0),
+                          offsets=[0, 16, 0, 5, 8, 3, 0, 24, 0, 0])
+    case["masters"] = None if kind is None else masters_of(params, kind)
+    update_cases.assert_equal(target, adafactor, case)
+
+
+def test_adafactor_in_other_ways(target: Target):
+    params, grads = [torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)]
+    case = adafactor_case(params, grads, found_inf=torch.tensor(1.0))
+    after = update_cases.run(target, adafactor, case)
+    for key in ("params", "row_vars", "col_vars", "steps"):
+        assert all(map(same_bits, after[key], case[key]))
+    update_cases.assert_equal(target, adafactor, adafactor_case([], []))
+    for form, p in strided_forms(torch.randn(16, 33)):
+        if form != "expanded":
+            case = adafactor_case([p.bfloat16()], [torch.ones(()).expand(p.shape)],
+                                  steps=[torch.tensor(12_345.0)])
+            update_cases.assert_equal(target, adafactor, case)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_accumulate(target: Target, dtype, rounding):
+    special = special_values()
+    values = [torch.randn(6 if target.interpreted else 57, 401), torch.randn(()),
+              torch.empty(0, 3), special.repeat(len(special)), random_bits(3000, seed=3),
+              torch.randn(4, 272)]
+    for grad_type in FLOATS:
+        grads = [torch.randn(p.shape).to(grad_type) for p in values]
+        grads[3] = special.repeat_interleave(len(special)).to(grad_type)
+        totals = [p.to(dtype) for p in values]
+        update_cases.assert_equal(target, accumulate, update_cases.accumulate_case(
+            totals, grads, rounding, offsets=[0, 3, 0, 5, 2**40, 16]))
+    for form, total in strided_forms(torch.randn(16, 33).to(dtype)):
+        if form != "expanded":
+            case = update_cases.accumulate_case([total], [torch.randn(total.shape)], rounding)
+            update_cases.assert_equal(target, accumulate, case)
+    update_cases.assert_equal(target, accumulate, update_cases.accumulate_case([], [], rounding))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_square_sums(target: Target, dtype):
+    """Runs whole and cut, aligned and not; several types at once; an order that matters."""
+    rows = 9 if target.interpreted else 257
+    xs = [torch.randn(rows, 333).to(dtype), torch.randn(()), torch.empty(0, 3), torch.randn(1024),
+          torch.randn(20_000).to(dtype), torch.randn(3001).half() * 1e-3, random_bits(500),
+          special_values(), *[x for _, x in strided_forms(torch.randn(64, 129).to(dtype))]]
+    got, want = target.run(square_sums, xs), REFERENCE.run(square_sums, xs)
+    assert got[6:8].isnan().all() and want[6:8].isnan().all()  # the contract names no NaN's bits
+    got[6:8] = want[6:8] = 0
+    assert same_bits(got, want)
+    cases.assert_bits(target, square_sums, [])
 
 
 @pytest.mark.parametrize("name", update_cases.OPS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lowp
+from lowp.ops.accumulate import accumulate
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
@@ -22,6 +23,7 @@ from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
+from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
@@ -118,6 +120,30 @@ def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name
     for key, want in case.items():
         if isinstance(want, list) and want and isinstance(want[0], torch.Tensor):
             assert all(map(same_bits, moved(device[key], "cpu"), want)), key
+
+
+def test_a_replayed_graph_accumulates_with_fresh_draws(gpu_target: Target):
+    total, grad = torch.randn(300).bfloat16(), torch.randn(300)
+    step = torch.ones((), dtype=torch.int64, device="cuda")
+    case = update_cases.accumulate_case([total], [grad], "stochastic", step=step)
+    device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+    with lowp.backend(gpu_target.backend):
+        accumulate(*cloned(device).values())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            accumulate(*device.values())
+    for now in (4, 5):
+        device["step"].fill_(now)
+        graph.replay()
+        case = update_cases.run(REFERENCE, accumulate, {**case, "step": torch.tensor(now)})
+        assert same_bits(device["totals"][0].cpu(), case["totals"][0])
+
+
+def test_square_sums_stay_on_the_device(gpu_target: Target):
+    xs = [torch.randn(300), torch.randn(70, 400).bfloat16()]
+    with lowp.backend(gpu_target.backend):
+        sums = square_sums(moved(xs, "cuda"))
+    assert sums.is_cuda and same_bits(sums.cpu(), square_sums(xs))
 
 
 def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):

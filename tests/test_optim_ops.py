@@ -11,26 +11,8 @@ from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.update_cases import STATES, adamw_case, sgd_case
-from tests.updates import assert_equal, cloned, masters_of, state_like
-
-
-def lion_case(params, grads, kind, rounding="stochastic", **options):
-    torch.manual_seed(5)
-    pairs = [state_like(p, kind, torch.int8) for p in params]
-    return {
-        "params": params, "grads": grads, "exp_avgs": [m for m, _ in pairs],
-        "exp_avg_scales": [s for _, s in pairs],
-        "steps": [torch.tensor(float(i)) for i in range(len(params))],
-        "lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
-        "weight_decay": 0.1, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
-    }
-
-
-OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case), "lion": (lion, lion_case)}
+from tests.update_cases import OPS, STATES, adamw_case, lion_case, sgd_case
+from tests.updates import assert_equal, cloned, masters_of
 
 
 @pytest.mark.parametrize("kind", STATES)

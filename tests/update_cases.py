@@ -1,4 +1,4 @@
-"""Arguments of adamw and sgd, and the comparison of any backend's update with the reference."""
+"""Arguments of adamw, sgd and lion; the comparison of any backend's update with the reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 import lowp
 from lowp.ops.adamw import adamw
+from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
@@ -47,7 +48,31 @@ def sgd_case(params, grads, kind, rounding="stochastic", **options):
     }
 
 
-OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case)}
+def lion_case(params, grads, kind, rounding="stochastic", **options):
+    torch.manual_seed(5)
+    pairs = [state_like(p, kind, torch.int8) for p in params]
+    return {
+        "params": params, "grads": grads, "exp_avgs": [m for m, _ in pairs],
+        "exp_avg_scales": [s for _, s in pairs],
+        "steps": [torch.tensor(float(i)) for i in range(len(params))],
+        "lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
+        "weight_decay": 0.1, "maximize": False, "rounding": rounding,
+        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
+        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
+        **options,
+    }
+
+
+def accumulate_case(totals, grads, rounding, **options):
+    count = len(totals)
+    return {
+        "totals": totals, "grads": grads, "rounding": rounding, "seed": 7, "step": torch.tensor(3),
+        "addition": 2, "tensors": list(range(7, 7 + count)),
+        "offsets": [13 * i for i in range(count)], **options,
+    }
+
+
+OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case), "lion": (lion, lion_case)}
 
 
 def run(target: Target, op, case: dict) -> dict:

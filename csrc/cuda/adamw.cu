@@ -17,11 +17,6 @@ struct AdamWBody {
     uint32_t maxima[2];
   };
 
-  static LOWP_HD_MEMBER StateNoise noise_of(const Args& args, const AdamWTensor& t, const Span& s) {
-    return {args.a.seed, static_cast<uint32_t>(t.step), static_cast<uint32_t>(t.id),
-            t.offset + s.begin};
-  }
-
   static LOWP_HD_MEMBER void load(const Args& args, int64_t group, int lane, Lane& mine) {
     const Run r = run_at(args.table, group);
     const AdamWTensor& t = args.table.tensors[r.tensor];
@@ -43,7 +38,7 @@ struct AdamWBody {
     }
     update(args.a, *args.table.shared, args.table.scalars[r.tensor], amsgrad, g, p, mine.m,
            mine.root, v_max);
-    const StateNoise noise = noise_of(args, t, s);
+    const StateNoise noise = noise_of(args.a.seed, t, s);
     const bool stochastic = args.a.state_rounding == Rounding::stochastic;
     store_weight(p, args.a.rounding == Rounding::stochastic, noise, t.param_type, master, s,
                  t.param);
@@ -51,18 +46,8 @@ struct AdamWBody {
     if (!codes) return;
 #pragma unroll
     for (int i = 0; i < 16; ++i) mine.root[i] = sqrtf(mine.root[i]);
-    outside_to_zero(s, mine);
-    mine.maxima[0] = amax_bits<16>(mine.m, 0);
-    mine.maxima[1] = amax_bits<16>(mine.root, 0);
-  }
-
-  // A block's maximum must not see what lies beyond its row.
-  static LOWP_HD_MEMBER void outside_to_zero(const Span& s, Lane& mine) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      mine.m[i] = s.holds(i) ? mine.m[i] : 0.0f;
-      mine.root[i] = s.holds(i) ? mine.root[i] : 0.0f;
-    }
+    mine.maxima[0] = amax_inside(mine.m, s);
+    mine.maxima[1] = amax_inside(mine.root, s);
   }
 
   static LOWP_HD_MEMBER void update(const AdamWArgs& a, const UpdateScalars& shared,
@@ -92,20 +77,12 @@ struct AdamWBody {
     const AdamWTensor& t = args.table.tensors[r.tensor];
     const Span s = span_of<16>(r.begin + lane * 16, r.begin, r.end);
     if (t.step == 0 || s.to == 0) return;
-    const StateNoise noise = noise_of(args, t, s);
+    const StateNoise noise = noise_of(args.a.seed, t, s);
     const bool stochastic = args.a.state_rounding == Rounding::stochastic;
-    if (t.state_type != int64_t(State::codes)) {
-      store_any(mine.m, stochastic, noise, 1, t.state_type, s, t.exp_avg);
-      store_any(mine.root, stochastic, noise, 2, t.state_type, s, t.exp_avg_sq);
-      return;
-    }
-    const float scale = state_scale(mine.maxima[0]), root_scale = state_scale(mine.maxima[1]);
-    if (lane == 0) {
-      t.exp_avg_scale[r.block] = scale;
-      t.exp_avg_sq_scale[r.block] = root_scale;
-    }
-    store_codes_of<true>(mine.m, stochastic, noise, 1, scale, s, t.exp_avg);
-    store_codes_of<false>(mine.root, stochastic, noise, 2, root_scale, s, t.exp_avg_sq);
+    store_state<true>(mine.m, stochastic, noise, 1, t.state_type, mine.maxima[0], lane == 0, s,
+                      t.exp_avg, t.exp_avg_scale + r.block);
+    store_state<false>(mine.root, stochastic, noise, 2, t.state_type, mine.maxima[1], lane == 0, s,
+                       t.exp_avg_sq, t.exp_avg_sq_scale + r.block);
   }
 };
 

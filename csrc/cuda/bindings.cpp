@@ -41,6 +41,16 @@ void define_table(py::module_& m, const char* name) {
       }));
 }
 
+template <class Tensor>
+void define_runs(py::module_& m, const char* name) {
+  using Table = cuda::RunTable<Tensor>;
+  py::class_<Table>(m, name, py::module_local())
+      .def(py::init([](uintptr_t tensors, uintptr_t first_run, int64_t count, int64_t runs) {
+        return Table{pointer<const Tensor>(tensors), pointer<const int64_t>(first_run), count,
+                     runs};
+      }));
+}
+
 void define_types(py::module_& m) {
   py::class_<cuda::Place>(m, "Place", py::module_local())
       .def(py::init([](int device, uintptr_t stream) { return cuda::Place{device, stream}; }));
@@ -71,6 +81,26 @@ void define_types(py::module_& m) {
       }));
   define_table<AdamWTensor>(m, "AdamWTable");
   define_table<SgdTensor>(m, "SgdTable");
+  py::class_<cuda::AdafactorTable>(m, "AdafactorTable", py::module_local())
+      .def(py::init([](uintptr_t tensors, uintptr_t steps, uintptr_t first_run, uintptr_t first_row,
+                       uintptr_t first_piece, uintptr_t first_matrix, uintptr_t masters,
+                       uintptr_t states, uintptr_t weight_sums, uintptr_t direction_sums,
+                       uintptr_t means, int64_t count) {
+        return cuda::AdafactorTable{pointer<AdafactorTensor>(tensors),
+                                    pointer<float* const>(steps),
+                                    pointer<const int64_t>(first_run),
+                                    pointer<const int64_t>(first_row),
+                                    pointer<const int64_t>(first_piece),
+                                    pointer<const int64_t>(first_matrix),
+                                    pointer<const MasterWeight>(masters),
+                                    pointer<cuda::AdafactorState>(states),
+                                    pointer<double>(weight_sums),
+                                    pointer<double>(direction_sums),
+                                    pointer<float>(means),
+                                    count};
+      }));
+  define_runs<AccumulateTensor>(m, "AccumulateTable");
+  define_runs<FloatTensor>(m, "FloatTable");
 }
 
 void define_products(py::module_& m) {
@@ -198,6 +228,44 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
                   {nullptr, 0, 0.0f, momentum, one_minus_dampening, weight_decay, 0.0f, nesterov,
                    maximize, Rounding(rounding), Rounding(state_rounding), seed, 0, nullptr},
                   clock, table);
+      },
+      Release());
+  m.def(
+      "lion",
+      [](const cuda::Place& place, const cuda::UpdateClock& clock,
+         const cuda::UpdateTable<SgdTensor>& table, float beta1, float one_minus_beta1, float beta2,
+         float one_minus_beta2, bool maximize, int rounding, int state_rounding, uint64_t seed) {
+        cuda::lion(place,
+                   {nullptr, 0, 0.0f, beta1, one_minus_beta1, beta2, one_minus_beta2, 0.0f, 0.0f,
+                    maximize, Rounding(rounding), Rounding(state_rounding), seed, 0, nullptr},
+                   clock, table);
+      },
+      Release());
+  m.def(
+      "accumulate",
+      [](const cuda::Place& place, const cuda::RunTable<AccumulateTensor>& table, int rounding,
+         uint64_t seed, uintptr_t step) {
+        cuda::accumulate(place, {nullptr, 0, Rounding(rounding), seed, 0},
+                         pointer<const int64_t>(step), table);
+      },
+      Release());
+  m.def(
+      "square_sums",
+      [](const cuda::Place& place, const cuda::RunTable<FloatTensor>& table, uintptr_t partial,
+         uintptr_t sums) {
+        cuda::square_sums(place, table, pointer<double>(partial), pointer<double>(sums));
+      },
+      Release());
+  m.def(
+      "adafactor",
+      [](const cuda::Place& place, const cuda::UpdateClock& clock,
+         const cuda::AdafactorTable& table, double beta2_decay, float eps1, double eps2, double d,
+         bool maximize, int rounding, uint64_t seed, int64_t runs, int64_t rows, int64_t pieces,
+         int64_t matrices) {
+        cuda::adafactor(place,
+                        {nullptr, nullptr, 0, eps1, eps2, d, 0.0f, 0.0f, maximize,
+                         Rounding(rounding), seed, 0, nullptr},
+                        beta2_decay, clock, table, runs, rows, pieces, matrices);
       },
       Release());
   m.def(

@@ -1,14 +1,18 @@
 // Every op on a CUDA device: where it runs, its arguments (csrc/<op>.h, whose `threads` mean
 // nothing here) and what only a device needs. All pointers are of the device; nothing waits for it.
 #pragma once
+#include "accumulate.h"
 #include "activation_grad.h"
+#include "adafactor.h"
 #include "adamw.h"
 #include "bias_grad.h"
 #include "dequantize.h"
 #include "linear.h"
+#include "lion.h"
 #include "quantize.h"
 #include "scaled_mm.h"
 #include "sgd.h"
+#include "square_sums.h"
 
 namespace lowp {
 namespace cuda {
@@ -68,10 +72,57 @@ struct UpdateTable {
   }
 };
 
+// Tensors that are taken in runs, whatever a run is.
+template <class Tensor>
+struct RunTable {
+  const Tensor* tensors;     // [count]
+  const int64_t* first_run;  // [count + 1]
+  int64_t count, runs;
+};
+
+// step: of the draws of all tensors, on the device.
+void accumulate(const Place& place, const AccumulateArgs& args, const int64_t* step,
+                const RunTable<AccumulateTensor>& table);
+
+// partial: [runs]; sums: [count]
+void square_sums(const Place& place, const RunTable<FloatTensor>& table, double* partial,
+                 double* sums);
+
 void adamw(const Place& place, const AdamWArgs& args, const UpdateClock& clock,
            const UpdateTable<AdamWTensor>& table);
+void lion(const Place& place, const LionArgs& args, const UpdateClock& clock,
+          const UpdateTable<SgdTensor>& table);
 void sgd(const Place& place, const SgdArgs& args, const UpdateClock& clock,
          const UpdateTable<SgdTensor>& table);
+
+// What every kernel of one update knows of one tensor; written on the device before it.
+struct AdafactorState {
+  double rate;    // min(lr, 1 / sqrt(step))
+  float weight;   // step^beta2_decay
+  float decay;    // 1 - lr * weight_decay
+  float unscale;  // +-1 / grad_scale
+  float size;     // what multiplies the direction, once the sums are known
+  int64_t step;   // 0 for a skipped update
+};
+
+struct AdafactorTable {
+  AdafactorTensor* tensors;     // [count]; vectors have no rows, columns or matrices below
+  float* const* steps;          // [count]: the updates applied to each, advanced by one
+  const int64_t* first_run;     // [count + 1]: number of the tensor's first run of 1024 elements
+  const int64_t* first_row;     // [count + 1]: of its first row
+  const int64_t* first_piece;   // [count + 1]: of its first 8 columns
+  const int64_t* first_matrix;  // [count + 1]: of its first matrix
+  const MasterWeight* masters;  // [count] or null
+  AdafactorState* states;       // [count]
+  double* weight_sums;          // [runs]: of squares, like the next
+  double* direction_sums;       // [runs]
+  float* means;                 // [matrices]: of the rows' variances
+  int64_t count;
+};
+
+void adafactor(const Place& place, const AdafactorArgs& args, double beta2_decay,
+               const UpdateClock& clock, const AdafactorTable& table, int64_t runs, int64_t rows,
+               int64_t pieces, int64_t matrices);
 
 // Copies host bytes by way of kernel parameters, which a captured graph keeps.
 void upload(const Place& place, const void* bytes, int64_t size, void* target);

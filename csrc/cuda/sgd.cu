@@ -17,11 +17,6 @@ struct SgdBody {
     uint32_t maxima[1];
   };
 
-  static LOWP_HD_MEMBER StateNoise noise_of(const Args& args, const SgdTensor& t, const Span& s) {
-    return {args.a.seed, static_cast<uint32_t>(t.step), static_cast<uint32_t>(t.id),
-            t.offset + s.begin};
-  }
-
   static LOWP_HD_MEMBER void load(const Args& args, int64_t group, int lane, Lane& mine) {
     const Run r = run_at(args.table, group);
     const SgdTensor& t = args.table.tensors[r.tensor];
@@ -37,12 +32,9 @@ struct SgdBody {
       load_signed(t.momentum, scale, t.state_type, s, mine.momentum);
     }
     update(args.a, *args.table.shared, has_momentum, t.step == 1, g, p, mine.momentum);
-    store_weight(p, args.a.rounding == Rounding::stochastic, noise_of(args, t, s), t.param_type,
-                 master, s, t.param);
-    if (!codes || !has_momentum) return;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) mine.momentum[i] = s.holds(i) ? mine.momentum[i] : 0.0f;
-    mine.maxima[0] = amax_bits<16>(mine.momentum, 0);
+    store_weight(p, args.a.rounding == Rounding::stochastic, noise_of(args.a.seed, t, s),
+                 t.param_type, master, s, t.param);
+    if (codes && has_momentum) mine.maxima[0] = amax_inside(mine.momentum, s);
   }
 
   static LOWP_HD_MEMBER void update(const SgdArgs& a, const UpdateScalars& shared,
@@ -67,14 +59,9 @@ struct SgdBody {
     const SgdTensor& t = args.table.tensors[r.tensor];
     const Span s = span_of<16>(r.begin + lane * 16, r.begin, r.end);
     if (t.step == 0 || s.to == 0 || t.momentum == nullptr) return;
-    const StateNoise noise = noise_of(args, t, s);
-    const bool stochastic = args.a.state_rounding == Rounding::stochastic;
-    if (t.state_type != int64_t(State::codes)) {
-      return store_any(mine.momentum, stochastic, noise, 1, t.state_type, s, t.momentum);
-    }
-    const float scale = state_scale(mine.maxima[0]);
-    if (lane == 0) t.momentum_scale[r.block] = scale;
-    store_codes_of<true>(mine.momentum, stochastic, noise, 1, scale, s, t.momentum);
+    store_state<true>(mine.momentum, args.a.state_rounding == Rounding::stochastic,
+                      noise_of(args.a.seed, t, s), 1, t.state_type, mine.maxima[0], lane == 0, s,
+                      t.momentum, t.momentum_scale + r.block);
   }
 };
 

@@ -19,23 +19,33 @@ struct Run {
   int64_t begin, end;  // elements of the tensor
 };
 
-// The tensor whose runs include `index`, by bisection, and the run itself.
-template <class Tensor>
-LOWP_HD Run run_at(const UpdateTable<Tensor>& table, int64_t index) {
-  int64_t low = 0, high = table.count;  // first_run[low] <= index < first_run[high]
+// The tensor whose runs include `index`, by bisection.
+LOWP_HD int64_t tensor_of(const int64_t* first_run, int64_t count, int64_t index) {
+  int64_t low = 0, high = count;  // first_run[low] <= index < first_run[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (table.first_run[middle] <= index) {
+    if (first_run[middle] <= index) {
       low = middle;
     } else {
       high = middle;
     }
   }
+  return low;
+}
+
+// One of the runs of `length` elements of a tensor that is taken as one row.
+LOWP_HD Run flat_run(int64_t tensor, int64_t run, int64_t length, int64_t numel) {
+  const int64_t begin = run * length;
+  return {tensor, 0, begin, begin + length < numel ? begin + length : numel};
+}
+
+template <class Tensor>
+LOWP_HD Run run_at(const UpdateTable<Tensor>& table, int64_t index) {
+  const int64_t low = tensor_of(table.first_run, table.count, index);
   const Tensor& t = table.tensors[low];
   const int64_t run = index - table.first_run[low];
   if (t.state_type != int64_t(State::codes)) {
-    const int64_t begin = run * kStateBlock, numel = t.rows * t.cols;
-    return {low, 0, begin, begin + kStateBlock < numel ? begin + kStateBlock : numel};
+    return flat_run(low, run, kStateBlock, t.rows * t.cols);
   }
   const Quotient q = divide_index(run, (t.cols + kStateBlock - 1) / kStateBlock);
   const int64_t first = q.remainder * kStateBlock;
@@ -79,6 +89,11 @@ struct StateNoise {
     fill_draws<16>(PhiloxKey{seed, step, id, role}, static_cast<uint64_t>(element), draws);
   }
 };
+
+template <class Tensor>
+LOWP_HD StateNoise noise_of(uint64_t seed, const Tensor& t, const Span& s) {
+  return {seed, static_cast<uint32_t>(t.step), static_cast<uint32_t>(t.id), t.offset + s.begin};
+}
 
 LOWP_HD void store_any(const float* x, bool stochastic, const StateNoise& noise, uint32_t role,
                        int64_t type, const Span& s, void* out) {
@@ -162,6 +177,29 @@ LOWP_HD void store_codes_of(const float* x, bool stochastic, const StateNoise& n
   } else {
     store_codes(codes, s, aligned, static_cast<uint8_t*>(state));
   }
+}
+
+// A state, rounded once: floats, or codes of a block whose largest bits are `most`; the block's
+// first lane writes its scale.
+template <bool kSigned>
+LOWP_HD void store_state(const float* x, bool stochastic, const StateNoise& noise, uint32_t role,
+                         int64_t type, uint32_t most, bool first, const Span& s, void* state,
+                         float* scale) {
+  if (type != int64_t(State::codes)) return store_any(x, stochastic, noise, role, type, s, state);
+  const float amax = state_scale(most);
+  if (first) *scale = amax;
+  store_codes_of<kSigned>(x, stochastic, noise, role, amax, s, state);
+}
+
+// The largest bits inside of a span: a block's maximum must not see what lies beyond its row.
+LOWP_HD uint32_t amax_inside(const float* x, const Span& s) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t a = float_bits(x[i]) & 0x7FFFFFFFu;
+    most = s.holds(i) && a > most ? a : most;
+  }
+  return most;
 }
 
 // base^n by squaring, as lowp/reference/adamw.py has it: IEEE products alone, so the same bits.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops import device_table, update
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import accumulate as reference
 from lowp.reference.stores import Noise
 
@@ -39,10 +39,6 @@ Raises:
 _Tensors = Sequence[Tensor]
 
 
-def _seed_of(seed: int, addition: int) -> int:
-    return seed + (addition << 32) & (2**64 - 1)
-
-
 @accumulate.check
 def _check(totals: _Tensors, grads: _Tensors, rounding: str, seed: int, step: Tensor,
            addition: int, tensors: Sequence[int], offsets: Sequence[int]) -> None:
@@ -62,7 +58,7 @@ def _fake(*args: object) -> None:
 def _reference(totals: _Tensors, grads: _Tensors, rounding: str, seed: int, step: Tensor,
                addition: int, tensors: Sequence[int], offsets: Sequence[int]) -> None:
     for i, total in enumerate(totals):
-        noise = Noise(_seed_of(seed, addition), int(step), tensors[i], offsets[i])
+        noise = Noise(update.seed_of(seed, addition), int(step), tensors[i], offsets[i])
         reference.accumulate(total.detach(), grads[i], rounding, noise)
 
 
@@ -81,6 +77,34 @@ def _cpu(totals: _Tensors, grads: _Tensors, rounding: str, seed: int, step: Tens
             return
         rows = torch.frombuffer(table, dtype=torch.int64)
         cpu_extension().accumulate(
-            rows.data_ptr(), len(rows) // 8, ROUNDINGS[rounding], _seed_of(seed, addition),
+            rows.data_ptr(), len(rows) // 8, ROUNDINGS[rounding], update.seed_of(seed, addition),
             torch.get_num_threads(),
         )
+
+
+@accumulate.kernel("cuda")
+def _cuda(totals: _Tensors, grads: _Tensors, rounding: str, seed: int, step: Tensor, addition: int,
+          tensors: Sequence[int], offsets: Sequence[int]) -> None:
+    if not totals:
+        return
+    extension, place, device = device_table.extension_for(totals)
+    # on the device: in a CUDA graph every replay reads the step of its own
+    beside = step.device == device
+    now = step.long() if beside else torch.full((), int(step), device=device)
+    grads = [g.contiguous() for g in grads]
+    rows = []
+    with update.contiguous_params(totals) as work:
+        for i, total in enumerate(work):
+            rows.append(struct.pack(  # csrc/accumulate.h: AccumulateTensor
+                "<8q", total.data_ptr(), grads[i].data_ptr(), total.numel(), FLOATS[total.dtype],
+                FLOATS[grads[i].dtype], 0, tensors[i], offsets[i],
+            ))
+        runs = [device_table.runs_of(1, total.numel(), 0) for total in work]
+        table, _memory = device_table.upload_runs(rows, runs, device)
+        extension.accumulate(
+            place, extension.AccumulateTable(*table), ROUNDINGS[rounding],
+            update.seed_of(seed, addition), now.data_ptr(),
+        )
+
+
+accumulate.kernel("triton")(deferred("accumulate"))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops import device_table, update
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import adafactor as reference
+from lowp.reference.square_sums import RUN
 from lowp.reference.stores import Noise
 
 adafactor = Op(
@@ -111,6 +112,12 @@ def _matrices(p: Tensor) -> tuple[int, int, int]:
     return p.shape[:-2].numel(), p.shape[-2], p.shape[-1]
 
 
+def matrices_of(p: Tensor) -> tuple[int, int, int]:
+    """The same without the one matrix of a vector or an empty tensor, which keeps no means."""
+    batch, rows, cols = _matrices(p)
+    return 0 if p.dim() < 2 or p.numel() == 0 else batch, rows, cols
+
+
 @adafactor.kernel("cpu")
 def _cpu(params: _Tensors, grads: _Tensors, row_vars: _Tensors, col_vars: _Tensors,
          variances: _Tensors, steps: _Tensors, lr: Tensor, beta2_decay: float, eps1: float,
@@ -147,3 +154,46 @@ def _cpu(params: _Tensors, grads: _Tensors, row_vars: _Tensors, col_vars: _Tenso
             ROUNDINGS[rounding], seed & (2**64 - 1), torch.get_num_threads(),
             weights.data_ptr() if masters else 0,
         )
+
+
+@adafactor.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, row_vars: _Tensors, col_vars: _Tensors,
+          variances: _Tensors, steps: _Tensors, lr: Tensor, beta2_decay: float, eps1: float,
+          eps2: float, d: float, weight_decay: float, maximize: bool, rounding: str, seed: int,
+          tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+          found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    table, sizes = [], []
+    with update.contiguous_params(params) as work:
+        for i, p in enumerate(work):
+            vector, (matrices, rows, cols) = p.dim() < 2, matrices_of(p)
+            table.append(struct.pack(  # csrc/adafactor.h: AdafactorTensor
+                "<13q", p.data_ptr(), grads[i].data_ptr(), 0 if vector else row_vars[i].data_ptr(),
+                0 if vector else col_vars[i].data_ptr(), variances[i].data_ptr() if vector else 0,
+                *_matrices(p), FLOATS[p.dtype], FLOATS[grads[i].dtype], 0, tensors[i], offsets[i],
+            ))
+            sizes.append((-(-p.numel() // RUN), matrices * rows, matrices * -(-cols // 8),
+                          matrices))
+        extras = [struct.pack("<2q", *update.master_row(masters, i))
+                  for i in range(len(work) if masters else 0)]
+        parts, totals, _memory = device_table.upload_sizes(table, counts.steps, sizes, device,
+                                                           extras)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
+        states = torch.empty(len(work), 4, dtype=torch.float64, device=device)
+        sums = states.new_empty(2, totals[0])
+        means = torch.empty(totals[3], device=device)
+        extension.adafactor(
+            place, clock,
+            extension.AdafactorTable(*parts, states.data_ptr(), sums.data_ptr(),
+                                     sums.data_ptr() + 8 * totals[0], means.data_ptr(), len(work)),
+            beta2_decay, eps1, eps2, d, maximize, ROUNDINGS[rounding], seed & (2**64 - 1), *totals,
+        )
+
+
+adafactor.kernel("triton")(deferred("adafactor"))

@@ -75,12 +75,37 @@ def clock_of(device: torch.device, lr: Tensor, weight_decay: float, betas: Seque
     return clock, owners
 
 
+def _placed(parts: Sequence[bytes], device: torch.device) -> tuple[list[int], Tensor]:
+    """The address of each part in device memory, and the memory.
+
+    Memory whose bytes were seen before on the same stream is used again. While a graph is captured
+    each update has its own, which the graph keeps.
+    """
+    content = b"".join(parts)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, content)
+    memory = None if capturing else _kept.pop(key, None)
+    if memory is None:
+        memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
+        source = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        cuda_extension().upload(cuda_place(memory), source.data_ptr(), len(content),
+                                memory.data_ptr())
+    if not capturing:
+        _kept[key] = memory
+        if len(_kept) > _KEPT:
+            del _kept[next(iter(_kept))]
+    starts = itertools.accumulate(map(len, parts[:-1]), initial=0)
+    return [memory.data_ptr() + start for start in starts], memory
+
+
+def _first_runs(runs: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(runs) + 1}q", *itertools.accumulate(runs, initial=0))
+
+
 def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
            device: torch.device, masters: Sequence[bytes]) -> tuple[tuple[int, ...], Tensor]:
-    """A table of tensors in device memory, and the addresses of its parts.
-
-    A table whose bytes were seen before on the same stream is used again. While a graph is captured
-    each update has its own, which the graph keeps.
+    """A table of an update's tensors in device memory, and the addresses of its parts.
 
     Args:
         rows: a packed ``AdamWTensor`` or ``SgdTensor`` each.
@@ -92,29 +117,45 @@ def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
         (tensors, steps, first_run, scalars, shared, masters, count, runs) as the kernels take them;
         and the memory.
     """
-    count, place = len(rows), cuda_place(steps[0])
-    first = [0, *itertools.accumulate(runs)]
+    count = len(rows)
     parts = [b"".join(rows), struct.pack(f"<{count}Q", *[s.data_ptr() for s in steps]),
-             struct.pack(f"<{count + 1}q", *first), bytes(8 * count), bytes(16),
-             b"".join(masters)]
-    content = b"".join(parts)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, content)
-    memory = None if capturing else _kept.pop(key, None)
-    if memory is None:
-        memory = torch.empty(len(content) // 8, dtype=torch.int64, device=device)
-        source = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        cuda_extension().upload(place, source.data_ptr(), len(content), memory.data_ptr())
-    if not capturing:
-        _kept[key] = memory
-        if len(_kept) > _KEPT:
-            del _kept[next(iter(_kept))]
-    starts = [0, *itertools.accumulate(map(len, parts))][:6]
-    addresses = [memory.data_ptr() + start for start in starts]
+             _first_runs(runs), bytes(8 * count), bytes(16), b"".join(masters)]
+    addresses, memory = _placed(parts, device)
     if not masters:
         addresses[5] = 0
-    return (*addresses, count, first[-1]), memory
+    return (*addresses, count, sum(runs)), memory
+
+
+def upload_sizes(rows: list[bytes], steps: Sequence[Tensor], sizes: Sequence[Sequence[int]],
+                 device: torch.device, masters: Sequence[bytes],
+                 ) -> tuple[list[int], list[int], Tensor]:
+    """:func:`upload` of tensors that are taken in pieces of several kinds.
+
+    Args:
+        sizes: each tensor's number of pieces of every kind.
+
+    Returns:
+        the addresses of (tensors, steps, where each kind begins in each tensor, masters); the sum
+        of each kind's pieces; and the memory.
+    """
+    kinds = list(zip(*sizes, strict=True))
+    parts = [b"".join(rows), struct.pack(f"<{len(rows)}Q", *[s.data_ptr() for s in steps]),
+             *map(_first_runs, kinds), b"".join(masters)]
+    addresses, memory = _placed(parts, device)
+    if not masters:
+        addresses[-1] = 0
+    return addresses, list(map(sum, kinds)), memory
+
+
+def upload_runs(rows: list[bytes], runs: Sequence[int],
+                device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    """A table of packed tensors that are taken in runs, whatever a run is.
+
+    Returns:
+        (tensors, first_run, count, runs) as the kernels take them; and the memory.
+    """
+    addresses, memory = _placed([b"".join(rows), _first_runs(runs)], device)
+    return (*addresses, len(rows), sum(runs)), memory
 
 
 def extension_for(params: Sequence[Tensor]) -> tuple[ModuleType, Any, torch.device]:

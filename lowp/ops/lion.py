@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops import device_table, update
+from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import lion as reference
 from lowp.reference.stores import Noise
 
@@ -118,3 +118,39 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_scales: 
             ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
             torch.get_num_threads(), weights.data_ptr() if masters else 0,
         )
+
+
+@lion.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_scales: _Tensors,
+          steps: _Tensors, lr: Tensor, beta1: float, beta2: float, weight_decay: float,
+          maximize: bool, rounding: str, state_rounding: str, seed: int, tensors: Sequence[int],
+          offsets: Sequence[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+          masters: _Tensors | None = None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    grads = [g.contiguous() for g in grads]
+    rows, runs, extras = [], [], []
+    with update.contiguous_params(params) as work:
+        for i, (p, m) in enumerate(zip(work, exp_avgs, strict=True)):
+            shape, state_type = device_table.matrix_of(p), update.STATE_TYPES[m.dtype]
+            rows.append(struct.pack(  # csrc/sgd.h: SgdTensor
+                "<12q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(),
+                exp_avg_scales[i].data_ptr(), *shape, FLOATS[p.dtype], FLOATS[grads[i].dtype],
+                state_type, 0, tensors[i], offsets[i],
+            ))
+            if masters:
+                extras.append(struct.pack("<2q", *update.master_row(masters, i)))
+            runs.append(device_table.runs_of(*shape, state_type))
+        table, _memory = device_table.upload(rows, counts.steps, runs, device, extras)
+        clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
+        extension.lion(
+            place, clock, extension.SgdTable(*table), beta1, 1 - beta1, beta2, 1 - beta2, maximize,
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
+        )
+
+
+lion.kernel("triton")(deferred("lion"))

@@ -153,6 +153,11 @@ def contiguous_params(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             p.detach().copy_(w)
 
 
+def seed_of(seed: int, addition: int) -> int:
+    """The seed of one of a step's additions, in 64 bits."""
+    return seed + (addition << 32) & (2**64 - 1)
+
+
 def advance(steps: Sequence[Tensor]) -> list[int]:
     """Count one applied update in every 0-dim fp32 step tensor; the new counts."""
     if steps:

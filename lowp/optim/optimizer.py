@@ -337,7 +337,11 @@ class Optimizer(torch.optim.Optimizer):
             return grad_scale, found_inf
         scale = torch.ones(()) if grad_scale is None else grad_scale
         sharded = [g for g in grads if sharding.is_sharded(g)]
-        sums = square_sums([g for g in grads if not sharding.is_sharded(g)]).tolist()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for g in grads:
+            if not sharding.is_sharded(g):
+                by_device.setdefault(g.device, []).append(g)
+        sums = [x for xs in by_device.values() for x in square_sums(xs).tolist()]
         sums += [square_sums([sharding.whole(g)]).item() for g in sharded]
         # exactly rounded, so no order or grouping of the tensors changes it
         norm = torch.tensor(math.fsum(sums), dtype=torch.float64).sqrt() / scale.double().cpu()

@@ -11,9 +11,30 @@ from lowp.reference.square_sums import lane_sums, square_sum
 from lowp.reference.stores import Noise, fp32, load_weight, no_nan_payload, sqrt, store_weight
 
 
+def power_of(step: int, exponent: float) -> float:
+    """step^exponent by IEEE operations of one order, so that every device has the same bits.
+
+    It is 2^(exponent log2(step)), by the series of atanh and exp; the relative error is below 2^-46
+    for steps up to 2^24 and exponents of magnitude up to 1.
+    """
+    mantissa, power = math.frexp(step)
+    if mantissa < 0.70710678118654757:
+        mantissa, power = mantissa * 2, power - 1
+    s = (mantissa - 1) / (mantissa + 1)
+    series = 0.0
+    for n in range(21, 0, -2):
+        series = series * (s * s) + 1.0 / n
+    y = exponent * (power + s * series * 2.8853900817779268)  # 2 / ln 2
+    whole = math.floor(y + 0.5)
+    result, f = 1.0, (y - whole) * 0.69314718055994529  # ln 2
+    for n in range(13, 0, -1):
+        result = result * f / n + 1.0
+    return math.ldexp(result, whole)
+
+
 def scalars(step: int, lr: float, beta2_decay: float) -> tuple[float, float]:
     """(1 - beta2 at this step, the relative step size), fp64."""
-    return float(step) ** beta2_decay, min(lr, 1.0 / math.sqrt(step))
+    return power_of(step, beta2_decay), min(lr, 1.0 / math.sqrt(step))
 
 
 def _moved(mean: Tensor, fresh: Tensor, weight: float) -> Tensor:

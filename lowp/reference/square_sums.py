@@ -38,5 +38,6 @@ def square_sum(x: Tensor) -> float:
 
 
 def square_sums(xs: Sequence[Tensor]) -> Tensor:
-    """fp64 [len(xs)] on the CPU."""
-    return torch.tensor([square_sum(x) for x in xs], dtype=torch.float64)
+    """fp64 [len(xs)] on the device of ``xs``."""
+    device = xs[0].device if xs else torch.device("cpu")
+    return torch.tensor([square_sum(x) for x in xs], dtype=torch.float64, device=device)
