@@ -47,6 +47,28 @@ def test_speed_ratios() -> None:
     (int8,) = [r for r in rows if r["states"] == "int8"]
     for peer in ("torch fused", "torchao", "bitsandbytes"):
         assert f"{int8[f'lowp is x times {peer}']:.1f} × {peer}" in row, peer
+    (bf16,) = [r for r in rows if (r["dtype"], r["states"], r["rounding"]) == (
+        "torch.bfloat16", "as weights", "stochastic")]
+    assert f"with bf16 states {bf16['lowp is x times torch fused']:.1f} × torch fused" in row
+
+
+def span(ratios: list[float]) -> str:
+    return f"{min(ratios):.1f} to {max(ratios):.1f} ×"
+
+
+def test_speed_of_layers_and_steps() -> None:
+    row, rows = row_of("linear.json"), measured("linear.json")["rows"]
+    for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")):
+        ratios = [r["lowp is x times torch"] for r in rows if r["dtype"] == f"torch.{dtype}"]
+        assert f"{short} {span(ratios)}" in row, short
+    ratios = [r["lowp is x times nn.Linear torch.float32"] for r in measured("layer.json")["rows"]
+              if r["recipe"] == "int8_full" and r["width"] >= 1024]
+    assert span(ratios) in row_of("layer.json")
+    row, rows = row_of("training_step.json"), measured("training_step.json")["rows"]
+    plain, ours = (next(r for r in rows if r["recipe"] == n) for n in ("nn.Linear", "int8_full"))
+    (ratio,) = [v for key, v in ours.items() if key.startswith("step is x times")]
+    sizes = [r["resident bytes/param"] for r in (ours, plain)]
+    assert f"{ratio:.1f} ×" in row and "{:.1f} against {:.1f} bytes".format(*sizes) in row
 
 
 def test_every_result_that_is_named_is_there() -> None:
