@@ -15,6 +15,15 @@ from tests.updates import cloned, state_like
 STATES = (*FLOATS, "int8")
 
 
+def rest(count, rounding):
+    """The arguments with which every update ends, in their order."""
+    return {
+        "maximize": False, "rounding": rounding, "state_rounding": rounding, "seed": 11,
+        "tensors": list(range(7, 7 + count)), "offsets": [13 * i for i in range(count)],
+        "grad_scale": None, "found_inf": None,
+    }
+
+
 def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **options):
     torch.manual_seed(5)
     pairs = [(state_like(p, kind, torch.int8), state_like(p, kind, torch.uint8)) for p in params]
@@ -26,10 +35,7 @@ def adamw_case(params, grads, kind, rounding="stochastic", amsgrad=False, **opti
         "max_exp_avg_sqs": [torch.rand(p.shape).to(floats) for p in params] if amsgrad else [],
         "steps": [torch.tensor(float(i)) for i in range(len(params))],
         "lr": torch.tensor(3e-2, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
-        "weight_decay": 0.1, "eps": 1e-8, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
+        "weight_decay": 0.1, "eps": 1e-8, **rest(len(params), rounding), **options,
     }
 
 
@@ -41,10 +47,7 @@ def sgd_case(params, grads, kind, rounding="stochastic", **options):
         "momentum_scales": [s for _, s in pairs],
         "steps": [torch.tensor(float(i)) for i in range(len(params))],
         "lr": torch.tensor(3e-2, dtype=torch.float64), "momentum": 0.9, "dampening": 0.25,
-        "weight_decay": 0.1, "nesterov": False, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
+        "weight_decay": 0.1, "nesterov": False, **rest(len(params), rounding), **options,
     }
 
 
@@ -56,10 +59,7 @@ def lion_case(params, grads, kind, rounding="stochastic", **options):
         "exp_avg_scales": [s for _, s in pairs],
         "steps": [torch.tensor(float(i)) for i in range(len(params))],
         "lr": torch.tensor(3e-3, dtype=torch.float64), "beta1": 0.9, "beta2": 0.99,
-        "weight_decay": 0.1, "maximize": False, "rounding": rounding,
-        "state_rounding": rounding, "seed": 11, "tensors": list(range(7, 7 + len(params))),
-        "offsets": [13 * i for i in range(len(params))], "grad_scale": None, "found_inf": None,
-        **options,
+        "weight_decay": 0.1, **rest(len(params), rounding), **options,
     }
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowp.hybrid.tokenizer import SPECIAL
+
 
 def valid_mask(lengths: Tensor, width: int) -> Tensor:
     """True where a token stands, False on padding: bool [B, T] of lengths [B]."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def ordinary_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """True where a token stands that is not special: bool [B, T] of tokens [B, T], lengths [B]."""
+    return valid_mask(lengths.to(tokens.device), tokens.shape[1]) & (tokens >= len(SPECIAL))
 
 
 def check_tokens(model: str, tokens: Tensor, lengths: Tensor) -> None:

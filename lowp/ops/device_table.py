@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lowp.native import cuda_extension, cuda_place
-from lowp.ops.update import CODES, is_skipped, rows_cols_of
+from lowp.ops.update import (
+    CODES,
+    STATE_TYPES,
+    is_skipped,
+    master_row,
+    rows_cols_of,
+    sgd_row,
+)
 from lowp.reference.codec import BLOCK
 
 _KEPT = 16
@@ -124,6 +131,22 @@ def upload(rows: list[bytes], steps: Sequence[Tensor], runs: Sequence[int],
     if not masters:
         addresses[5] = 0
     return (*addresses, count, sum(runs)), memory
+
+
+def upload_sgd(params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Tensor],
+               scales: Sequence[Tensor], steps: Sequence[Tensor], tensors: Sequence[int],
+               offsets: Sequence[int], masters: Sequence[Tensor] | None,
+               device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    """:func:`upload` of tensors with one moment each, or with none (empty ``moments``)."""
+    rows, runs, extras = [], [], []
+    for i, p in enumerate(params):
+        moment, scale = (moments[i], scales[i]) if moments else (None, None)
+        shape = matrix_of(p)
+        rows.append(sgd_row(p, grads[i], moment, scale, shape, 0, tensors[i], offsets[i]))
+        runs.append(runs_of(*shape, 0 if moment is None else STATE_TYPES[moment.dtype]))
+        if masters:
+            extras.append(struct.pack("<2q", *master_row(masters, i)))
+    return upload(rows, steps, runs, device, extras)
 
 
 def upload_sizes(rows: list[bytes], steps: Sequence[Tensor], sizes: Sequence[Sequence[int]],

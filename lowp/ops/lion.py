@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import device_table, update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
+from lowp.ops.library import ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import lion as reference
 from lowp.reference.stores import Noise
 
@@ -102,11 +102,8 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_scales: 
             p, m = work[i], exp_avgs[i]
             if p.numel() == 0:
                 continue
-            table += struct.pack(  # csrc/sgd.h: SgdTensor
-                "<12q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(),
-                exp_avg_scales[i].data_ptr(), *update.rows_cols_of(p), FLOATS[p.dtype],
-                FLOATS[grads[i].dtype], update.STATE_TYPES[m.dtype], step, tensors[i], offsets[i],
-            )
+            table += update.sgd_row(p, grads[i], m, exp_avg_scales[i], update.rows_cols_of(p), step,
+                                    tensors[i], offsets[i])
             extras += struct.pack("<2q", *update.master_row(masters, i))
         if not table:
             return
@@ -133,19 +130,9 @@ def _cuda(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_scales:
     if counts.skipped:
         return
     grads = [g.contiguous() for g in grads]
-    rows, runs, extras = [], [], []
     with update.contiguous_params(params) as work:
-        for i, (p, m) in enumerate(zip(work, exp_avgs, strict=True)):
-            shape, state_type = device_table.matrix_of(p), update.STATE_TYPES[m.dtype]
-            rows.append(struct.pack(  # csrc/sgd.h: SgdTensor
-                "<12q", p.data_ptr(), grads[i].data_ptr(), m.data_ptr(),
-                exp_avg_scales[i].data_ptr(), *shape, FLOATS[p.dtype], FLOATS[grads[i].dtype],
-                state_type, 0, tensors[i], offsets[i],
-            ))
-            if masters:
-                extras.append(struct.pack("<2q", *update.master_row(masters, i)))
-            runs.append(device_table.runs_of(*shape, state_type))
-        table, _memory = device_table.upload(rows, counts.steps, runs, device, extras)
+        table, _memory = device_table.upload_sgd(work, grads, exp_avgs, exp_avg_scales,
+                                                 counts.steps, tensors, offsets, masters, device)
         clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
         extension.lion(
             place, clock, extension.SgdTable(*table), beta1, 1 - beta1, beta2, 1 - beta2, maximize,

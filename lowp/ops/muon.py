@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, require_choice
+from lowp.ops.library import ROUNDINGS, Op, require_choice
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.square_sums import square_sums
@@ -155,21 +155,16 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
                 continue
             grad, buf = grads[i].contiguous(), momentum_buffers[i]
             x = torch.empty_like(p, dtype=torch.float32)
-            row = struct.pack(  # csrc/sgd.h: SgdTensor
-                "<12q", x.data_ptr(), grad.data_ptr(), buf.data_ptr(),
-                momentum_scales[i].data_ptr(), *p.shape, 0, FLOATS[grad.dtype],
-                update.STATE_TYPES[buf.dtype], step, tensors[i], offsets[i],
-            )
+            shape = update.rows_cols_of(p)
+            row = update.sgd_row(x, grad, buf, momentum_scales[i], shape, step, tensors[i],
+                                 offsets[i])
             table = torch.frombuffer(bytearray(row), dtype=torch.int64)
             cpu_extension().muon_momentum(
                 table.data_ptr(), 1, momentum, 1 - momentum, update.inv_scale_of(grad_scale),
                 nesterov, maximize, ROUNDINGS[state_rounding], seed, threads,
             )
             x = _orthogonalized(x, ns_coefficients, eps, ns_steps)
-            row = struct.pack(
-                "<12q", p.data_ptr(), x.data_ptr(), 0, 0, *p.shape, FLOATS[p.dtype],
-                FLOATS[x.dtype], 0, step, tensors[i], offsets[i],
-            )
+            row = update.sgd_row(p, x, None, None, shape, step, tensors[i], offsets[i])
             table = torch.frombuffer(bytearray(row), dtype=torch.int64)
             rates = torch.tensor([rate_of(p, rate, adjust_lr)], dtype=torch.float32)
             extra = struct.pack("<2q", *update.master_row(masters, i))

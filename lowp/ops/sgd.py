@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension
 from lowp.ops import device_table, update
-from lowp.ops.library import FLOATS, ROUNDINGS, Op, deferred, require_choice
+from lowp.ops.library import ROUNDINGS, Op, deferred, require_choice
 from lowp.reference import sgd as reference
 from lowp.reference.stores import Noise
 
@@ -108,15 +108,10 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
             p = work[i]
             if p.numel() == 0:
                 continue
-            state = (0, 0, 0)
-            if momentum_buffers:
-                buffer = momentum_buffers[i]
-                state = (buffer.data_ptr(), momentum_scales[i].data_ptr(),
-                         update.STATE_TYPES[buffer.dtype])
-            table += struct.pack(  # csrc/sgd.h: SgdTensor
-                "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *update.rows_cols_of(p),
-                FLOATS[p.dtype], FLOATS[grads[i].dtype], state[2], step, tensors[i], offsets[i],
-            )
+            buffer, scale = (momentum_buffers[i], momentum_scales[i]) if momentum_buffers else \
+                (None, None)
+            table += update.sgd_row(p, grads[i], buffer, scale, update.rows_cols_of(p), step,
+                                    tensors[i], offsets[i])
             extras += struct.pack("<2q", *update.master_row(masters, i))
         if not table:
             return
@@ -144,22 +139,9 @@ def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentu
     if counts.skipped:
         return
     grads = [g.contiguous() for g in grads]
-    rows, runs, extras = [], [], []
     with update.contiguous_params(params) as work:
-        for i, p in enumerate(work):
-            shape, state = device_table.matrix_of(p), (0, 0, 0)
-            if momentum_buffers:
-                buffer = momentum_buffers[i]
-                state = (buffer.data_ptr(), momentum_scales[i].data_ptr(),
-                         update.STATE_TYPES[buffer.dtype])
-            rows.append(struct.pack(  # csrc/sgd.h: SgdTensor
-                "<12q", p.data_ptr(), grads[i].data_ptr(), *state[:2], *shape, FLOATS[p.dtype],
-                FLOATS[grads[i].dtype], state[2], 0, tensors[i], offsets[i],
-            ))
-            if masters:
-                extras.append(struct.pack("<2q", *update.master_row(masters, i)))
-            runs.append(device_table.runs_of(*shape, state[2]))
-        table, _memory = device_table.upload(rows, counts.steps, runs, device, extras)
+        table, _memory = device_table.upload_sgd(work, grads, momentum_buffers, momentum_scales,
+                                                 counts.steps, tensors, offsets, masters, device)
         clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
         extension.sgd(
             place, clock, extension.SgdTable(*table), momentum, 1 - dampening, weight_decay,

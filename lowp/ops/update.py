@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from lowp.reference.codec import BLOCK
 from lowp.reference.stores import fp32
 
 CODES = 3  # csrc/adamw.h: State
+_SGD_ROW = struct.Struct("<12q")
 STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}
 
 
@@ -106,6 +108,16 @@ def master_row(masters: Sequence[Tensor] | None, index: int) -> tuple[int, int]:
         return 0, 0
     master = masters[index]
     return master.data_ptr(), REMAINDER if master.dtype == torch.int16 else KAHAN
+
+
+def sgd_row(p: Tensor, grad: Tensor, moment: Tensor | None, scale: Tensor | None,
+            shape: tuple[int, int], step: int, tensor: int, offset: int) -> bytes:
+    """One csrc/sgd.h: SgdTensor; ``shape`` is the parameter's as a matrix."""
+    state = (0, 0, 0)
+    if moment is not None and scale is not None:
+        state = (moment.data_ptr(), scale.data_ptr(), STATE_TYPES[moment.dtype])
+    return _SGD_ROW.pack(p.data_ptr(), grad.data_ptr(), *state[:2], *shape, FLOATS[p.dtype],
+                         FLOATS[grad.dtype], state[2], step, tensor, offset)
 
 
 def scale_shape(x: Tensor) -> tuple[int, ...]:

@@ -7,22 +7,16 @@ from torch import Tensor
 
 from lowp.hybrid.batches import Batch
 from lowp.hybrid.objectives.result import Objective, ObjectiveResult, TextModel, part_equal
-from lowp.hybrid.padding import valid_mask
-from lowp.hybrid.tokenizer import SPECIAL
+from lowp.hybrid.padding import ordinary_mask
 
 
-def ordinary_counts(batch: Batch) -> Tensor:
-    """How many tokens of each text are not special, int64 [B]."""
-    valid = valid_mask(batch.lengths.to(batch.tokens.device), batch.tokens.shape[1])
-    return (valid & (batch.tokens >= len(SPECIAL))).sum(1)
-
-
-def log_likelihoods(model: TextModel, batch: Batch) -> Tensor:
-    """``log p(x | c) = Σ_t log p(x_t | c)`` over a text's ordinary tokens, fp32 [B, C]."""
+def log_likelihoods(model: TextModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """``log p(x | c) = Σ_t log p(x_t | c)`` over a text's ordinary tokens, fp32 [B, C]; and how
+    many these are, int64 [B]."""
     table = torch.log_softmax(model.class_token_logits().float(), dim=-1).t()  # [V, C]
-    valid = valid_mask(batch.lengths.to(batch.tokens.device), batch.tokens.shape[1])
-    ordinary = valid & (batch.tokens >= len(SPECIAL))
-    return torch.where(ordinary[..., None], table[batch.tokens], 0).sum(1)
+    ordinary = ordinary_mask(batch.tokens, batch.lengths)
+    scores = torch.where(ordinary[..., None], table[batch.tokens], 0).sum(1)
+    return scores, ordinary.sum(1)
 
 
 class ClassLM(Objective):
@@ -45,13 +39,13 @@ class ClassLM(Objective):
 
     def count(self, batch: Batch) -> int | None:
         """The ordinary tokens."""
-        return int(ordinary_counts(batch).sum())
+        return int(ordinary_mask(batch.tokens, batch.lengths).sum())
 
     def __call__(self, model: TextModel, batch: Batch) -> ObjectiveResult:
         """The loss of one batch."""
         if batch.labels is None:
             raise ValueError("lowp.hybrid.ClassLM: expected a batch with labels, got None")
-        scores, counts = log_likelihoods(model, batch), ordinary_counts(batch)
+        scores, counts = log_likelihoods(model, batch)
         own = scores.gather(1, batch.labels[:, None])[:, 0]
         loss = -own.sum() / max(1, int(counts.sum()))
         read = counts > 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lowp.hybrid.batches import Batch
-from lowp.hybrid.objectives.class_lm import log_likelihoods, ordinary_counts
+from lowp.hybrid.objectives.class_lm import log_likelihoods
 from lowp.hybrid.objectives.result import Objective, ObjectiveResult, TextModel, part_equal
+from lowp.hybrid.padding import ordinary_mask
 from lowp.hybrid.random import sample_rows
 
 
@@ -44,7 +45,7 @@ class EvidenceBound(Objective):
 
     def count(self, batch: Batch) -> int | None:
         """The ordinary tokens."""
-        return int(ordinary_counts(batch).sum())
+        return int(ordinary_mask(batch.tokens, batch.lengths).sum())
 
     def __call__(self, model: TextModel, batch: Batch) -> ObjectiveResult:
         """The loss of one batch."""
@@ -52,7 +53,7 @@ class EvidenceBound(Objective):
             logits = model.classify(batch.tokens, batch.lengths)
         log_q = torch.log_softmax(logits.float(), dim=-1)
         q = log_q.exp()
-        scores, counts = log_likelihoods(model, batch), ordinary_counts(batch)
+        scores, counts = log_likelihoods(model, batch)
         log_posterior = torch.log_softmax(self.beta * scores.detach(), dim=-1)
         inference = (q * (log_q - log_posterior)).sum(-1)
         generation = -(q.detach() * scores).sum(-1)

@@ -13,7 +13,7 @@ from lowp.hybrid.objectives.result import (
     mean_cross_entropy,
     part_equal,
 )
-from lowp.hybrid.padding import valid_mask
+from lowp.hybrid.padding import ordinary_mask
 from lowp.hybrid.random import integers, row_draws, sample_rows, stream_id
 from lowp.hybrid.tokenizer import MASK, SPECIAL
 from lowp.key import Role, clock
@@ -60,14 +60,13 @@ class MaskedLM(Objective):
     def _chosen(self, batch: Batch) -> Tensor:
         """Which positions are hidden, bool [B, T]."""
         tokens = batch.tokens
-        valid = valid_mask(batch.lengths.to(tokens.device), tokens.shape[1])
         drawn = self._bits("choice", batch) < round(self.rate * 65536)
         if self.continues is not None and tokens.shape[1]:
             place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             inside = self.continues.to(tokens.device)[tokens]
             first = torch.where(inside, 0, place).cummax(dim=1).values
             drawn = drawn.gather(1, first)
-        return drawn & valid & (tokens >= len(SPECIAL))
+        return drawn & ordinary_mask(tokens, batch.lengths)
 
     def corrupt(self, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
         """The tokens with some hidden, int64 [B, T], and which were chosen, bool [B, T]."""
@@ -89,8 +88,7 @@ class MaskedLM(Objective):
             hidden = model.encode(corrupted, batch.lengths)  # [B, T, H]
         logits = model.token_logits(hidden[chosen])  # [N, V]
         targets = batch.tokens[chosen]
-        valid = valid_mask(batch.lengths.to(chosen.device), chosen.shape[1])
-        candidates = int((valid & (batch.tokens >= len(SPECIAL))).sum())
+        candidates = int(ordinary_mask(batch.tokens, batch.lengths).sum())
         return ObjectiveResult(mean_cross_entropy(logits, targets), {
             "mask_rate": targets.numel() / max(1, candidates),
             "token_accuracy": part_equal(logits.argmax(-1), targets),
