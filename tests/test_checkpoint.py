@@ -282,6 +282,18 @@ def test_a_step_that_is_saved_again_replaces_nothing_whole(root: Path) -> None:
     assert_same(checkpoint.restore(root).state, again)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_of_many_saves_of_a_step_is_the_one_kept(tmp_path: Path, keep: int) -> None:
+    """Pruning frees the names of the oldest; a new checkpoint must not take one of them."""
+    for part in range(1, 13):
+        path = checkpoint.save(tmp_path, 3, {"part": part}, keep=keep)
+        assert checkpoint.load(path) == {"part": part}
+        assert checkpoint.restore(tmp_path).path == path
+        assert len(checkpoint.checkpoints(tmp_path)) == min(part, keep)
+    (path / "state.json").write_text("{}")
+    assert checkpoint.load(checkpoint.save(tmp_path, 3, {"part": 13}, keep=keep)) == {"part": 13}
+
+
 def test_mutated_files_raise_nothing_else(root: Path) -> None:
     """Files whose hashes were forged to fit: what is parsed is refused cleanly or is plain data."""
     chance = random.Random(0)

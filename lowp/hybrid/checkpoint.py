@@ -156,12 +156,9 @@ def _json(value: Any) -> bytes:
 
 def checkpoints(root: Path) -> list[Path]:
     """Every directory under ``root`` that is named as a checkpoint, newest first; none is read."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+    found = [path for path in (root.iterdir() if root.is_dir() else ())
+             if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), _revision(path)), reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -170,6 +167,11 @@ def step_of(path: Path) -> int:
     if not match:
         raise CheckpointError(f"{path} is not named as a checkpoint is, such as step-00000100")
     return int(match[1])
+
+
+def _revision(path: Path) -> int:
+    """How many checkpoints of its step were written before it, by its name."""
+    return int(path.suffix[1:] or 0)
 
 
 def save(root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -223,19 +225,21 @@ def save(root: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
 
 
 def _free_name(root: Path, step: int) -> Path:
-    """A name no whole checkpoint has; a damaged one of that name is put out of the way."""
-    for revision in range(1_000_000):
-        target = root / (f"step-{step:08d}" + (f".{revision}" if revision else ""))
-        if not os.path.lexists(target):
-            return target
-        try:
-            verify(target)
-        except CheckpointError:
-            aside = root / f".damaged-{target.name}-{os.getpid()}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-            return target
-    raise CheckpointError(f"{root} holds a million checkpoints of step {step}")
+    """The name after the newest of that step, which is put out of the way if it is damaged.
+
+    Never a name below it, though free: the new checkpoint would pass for the older one.
+    """
+    newest = next((path for path in checkpoints(root) if step_of(path) == step), None)
+    if newest is None:
+        return root / f"step-{step:08d}"
+    try:
+        verify(newest)
+    except CheckpointError:
+        aside = root / f".damaged-{newest.name}-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(newest, aside)
+        return newest
+    return root / f"step-{step:08d}.{_revision(newest) + 1}"
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
