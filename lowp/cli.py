@@ -43,7 +43,8 @@ Dataset = Annotated[str | None, typer.Option("--dataset", help="Hugging Face dat
 Labels = Annotated[int | None, typer.Option("--labels", help="How many labels to keep.")]
 Model = Annotated[str | None, typer.Option("--model", help="lstm or transformer.")]
 Precision = Annotated[str | None, typer.Option(
-    "--precision", help="int8, int8_full, bf16, fp16, fp32, or torch for plain nn.Linear.")]
+    "--precision", help="int8, int8_full, bf16, fp16, fp32, or torch for plain nn.Linear, autocast "
+    "for nn.Linear under torch.autocast in bf16.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Training steps.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 Setting = Annotated[list[str] | None, typer.Option(

@@ -55,7 +55,7 @@ def test_digest_tells_every_setting_apart() -> None:
 
 @pytest.mark.parametrize(("linear", "weights"), [
     ("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"), ("int8", "bf16"), ("int8_full", "bf16"),
-    ("torch", "fp32"),
+    ("torch", "fp32"), ("autocast", "fp32"),
 ])
 def test_weights_follow_the_recipe_unless_given(linear: str, weights: str) -> None:
     assert resolve({"precision": {"linear": linear}}).precision.weights == weights

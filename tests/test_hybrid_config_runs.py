@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowp.hybrid import checkpoint, compare, config
 from lowp.hybrid.experiment import build, split_labelled, train
@@ -169,3 +170,24 @@ def test_a_compiled_run_is_the_run(settings: dict[str, Any], tmp_path: Path) -> 
     for one, two in zip(plain, compiled, strict=True):
         if "loss" in one:
             assert two["loss"] == pytest.approx(one["loss"], rel=2**-20)
+
+
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
+def test_autocast_is_torchs_bf16_on_fp32_weights(settings: dict[str, Any], model: str) -> None:
+    """The first forward pass is that of the fp32 model called inside torch.autocast, bit for bit,
+    and not that of the fp32 model."""
+    settings["model"].update(kind=model, dropout=0.0)
+    logits = {}
+    for linear in ("torch", "autocast"):
+        settings["precision"] = {"linear": linear}
+        experiment = build(config.resolve(settings))
+        network, batch = experiment.trainer.model, experiment.trainer.labelled.next()
+        assert all(p.dtype == torch.float32 for p in network.parameters())
+        logits[linear] = network.classify(batch.tokens, batch.lengths)
+        if linear == "torch":
+            with torch.autocast("cpu", torch.bfloat16):
+                want = network.classify(batch.tokens, batch.lengths)
+    assert torch.equal(logits["autocast"], want) and want.dtype == torch.bfloat16
+    assert not torch.equal(logits["torch"], want.float())
+    experiment.trainer.run()
+    assert experiment.trainer.step == 4

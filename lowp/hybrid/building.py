@@ -16,7 +16,7 @@ from lowp.hybrid.objectives.thresholds import FixedThreshold
 from lowp.hybrid.ramp import Ramp
 from lowp.hybrid.term import WeightedObjective
 
-COMPILED = ("encode", "classify", "token_logits")  # the methods that objectives call
+CALLED = ("encode", "classify", "token_logits")  # the methods that objectives call
 
 
 @dataclass
@@ -126,8 +126,15 @@ def build_mixing(settings: schema.Mixing, terms: Sequence[WeightedObjective]) ->
     return Mixing()
 
 
+def autocast_model(model: nn.Module) -> None:
+    """Let the methods that objectives call run under ``torch.autocast`` in bf16, in place."""
+    device = next(model.parameters()).device.type
+    for name in CALLED:
+        setattr(model, name, torch.autocast(device, torch.bfloat16)(getattr(model, name)))
+
+
 def compile_model(model: nn.Module, backend: str | None) -> None:
     """Let ``torch.compile`` make the methods that objectives call, in place; lengths may vary."""
     if backend is not None:
-        for name in COMPILED:
+        for name in CALLED:
             setattr(model, name, torch.compile(getattr(model, name), backend=backend, dynamic=True))

@@ -50,6 +50,8 @@ def numbers_of(settings: config.Config) -> str:
     precision = settings.precision
     if precision.linear == "torch":
         return "fp32 nn.Linear"
+    if precision.linear == "autocast":
+        return "nn.Linear under bf16 autocast"
     return f"{precision.linear}, {precision.weights} weights"
 
 

@@ -107,8 +107,9 @@ class Model(Section):
 class Precision(Section):
     """The numbers that the model is made of."""
 
-    linear: Literal["fp32", "fp16", "bf16", "int8", "int8_full", "torch"] = Field(
-        default="int8", description="recipe of every linear layer; torch: plain nn.Linear")
+    linear: Literal["fp32", "fp16", "bf16", "int8", "int8_full", "torch", "autocast"] = Field(
+        default="int8", description="recipe of every linear layer; torch: plain nn.Linear; "
+        "autocast: the same under torch.autocast in bf16")
     weights: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="type of the weights; auto: bf16 for linear bf16 and int8, else fp32")
@@ -117,6 +118,11 @@ class Precision(Section):
         "codes; takes up to 2 bytes a weight meanwhile")
     fallback: Fallback = Field(
         default_factory=Fallback, description="bf16 for layers that int8 does not suit")
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether the layers are torch's own, with no code of lowp's kernels."""
+        return self.linear in ("torch", "autocast")
 
     @model_validator(mode="before")
     @classmethod
@@ -213,14 +219,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _precisions_fit(self) -> Config:
-        if self.precision.linear == "torch":
+        if self.precision.is_torch:
             for objective in self.objectives:
                 if objective.precision is not None:
                     raise ValueError(f"precision.linear must name a recipe for the precision of "
-                                     f"the objective {objective.kind}, got 'torch'")
+                                     f"the objective {objective.kind}, "
+                                     f"got {self.precision.linear!r}")
             if self.precision.fallback.sqnr is not None:
                 raise ValueError("precision.linear must name a recipe for precision.fallback, "
-                                 "got 'torch'")
+                                 f"got {self.precision.linear!r}")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from lowp.hybrid.average import WeightAverage
 from lowp.hybrid.batches import Stream
 from lowp.hybrid.building import (
     Surroundings,
+    autocast_model,
     build_mixing,
     build_objective,
     compile_model,
@@ -76,10 +77,11 @@ def build_model(settings: config.Config, frequencies: Tensor, classes: int) -> n
         frequencies: how often each token of the vocabulary occurs; a language model starts from
             them, so that no step is spent on learning which tokens are frequent.
     """
-    model, linear = settings.model, settings.precision.linear
+    model, precision = settings.model, settings.precision
     torch.manual_seed(settings.seed)
     numbers: dict[str, Any] = {
-        "precision": "fp32" if linear == "torch" else linear, "baseline": linear == "torch",
+        "precision": "fp32" if precision.is_torch else precision.linear,
+        "baseline": precision.is_torch,
         "dropout": model.dropout, "seed": settings.seed,
     }
     network: nn.Module
@@ -93,7 +95,7 @@ def build_model(settings: config.Config, frequencies: Tensor, classes: int) -> n
             max_length=settings.data.max_length, **numbers)
     likely = (frequencies + 1) / (frequencies + 1).sum()
     network.lm_bias.data.copy_(likely.log())
-    if settings.precision.weights == "bf16":
+    if precision.weights == "bf16":
         network = network.to(torch.bfloat16)
     for name, module in network.named_modules():
         if isinstance(module, Linear):
@@ -189,6 +191,8 @@ def build(settings: config.Config) -> Experiment:
     tokens = torch.tensor([token for text, _ in without_labels for token in text])
     frequencies = tokens.bincount(minlength=tokenizer.vocab_size + len(sentinels))
     model = build_model(settings, frequencies, classes)
+    if settings.precision.linear == "autocast":
+        autocast_model(model)
     compile_model(model, settings.compile)
     if settings.shard:
         shard(model)
