@@ -64,15 +64,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def record(stem: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows, with the environment, to ``results/<stem>.json``; seconds have 4 digits."""
-    rounded = [
-        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-        for row in rows
-    ]
+def record(stem: str, rows: list[dict[str, Any]], **tables: list[dict[str, Any]]) -> Path:
+    """Write the rows, with the environment, to ``results/<stem>.json``; numbers have 4 digits.
+
+    ``tables`` are made from the rows, and stand beside them.
+    """
+    rounded = {
+        name: [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+               for row in table]
+        for name, table in {"rows": rows, **tables}.items()
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{stem}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rounded}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(), **rounded}, indent=1) + "\n")
     return path
 
 
