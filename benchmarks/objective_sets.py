@@ -22,13 +22,13 @@ from lowp.hybrid import compare, config, experiment
 STEM = "objective_sets"
 CORPORA = ("docstrings, 160 labels", "SST-2, 100 labels", "SST-2, 1000 labels")
 MODELS = ("lstm", "transformer")
-LANGUAGE_MODEL, CONSISTENCY = {"kind": "language_model"}, {"kind": "consistency"}
+LANGUAGE_MODEL = {"kind": "language_model"}
 UNSUPERVISED = "supervised + language model"
 SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
     CORPORA[0]: {
         UNSUPERVISED: [LANGUAGE_MODEL],
         "supervised + language model + consistency":
-            [LANGUAGE_MODEL, {**CONSISTENCY, "weight": {"end": 0.3}}],
+            [LANGUAGE_MODEL, {"kind": "consistency", "weight": {"end": 0.3}}],
     },
     CORPORA[1]: {
         UNSUPERVISED: [LANGUAGE_MODEL],
@@ -37,7 +37,7 @@ SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     CORPORA[2]: {
         UNSUPERVISED: [LANGUAGE_MODEL],
-        "supervised + consistency": [{**CONSISTENCY, "weight": {"end": 1.0}}],
+        "supervised + UDA": [{"kind": "uda"}],
     },
 }
 TORCH = {"kind": "torch_adamw"}
