@@ -46,6 +46,8 @@ from lowp.hybrid.mixing import GradNorm
 from lowp.hybrid.run import records
 from lowp.hybrid.trainer import Trainer, WeightedObjective
 from lowp.key import clock
+from lowp.optim import AdamW
+from tests.hybrid_toys import without_time
 from tests.test_loop import texts
 from tests.text_toys import CLASSES, VOCABULARY
 
@@ -82,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "poisoned": {"terms": causal_terms, "poison": True},
     "sharded lstm": {"terms": causal_terms, "shard": True},
     "sharded lstm in parts": {"terms": causal_terms, "shard": True, "accumulate": 2},
+    "sharded adamw": {"terms": causal_terms, "shard": True, "low": True},
     "sharded encoder": {"terms": unaveraged_terms, "shard": True},
     "sharded poisoned": {"terms": causal_terms, "shard": True, "poison": True},
     "int8": {"terms": causal_terms, "precision": "int8", "fallback": True},
@@ -102,6 +105,9 @@ def run(case: str, state: Any = None) -> dict[str, Any]:
     model = LSTMClassifier(VOCABULARY, CLASSES, 8, 8, dropout=0.2, precision=precision) \
         if is_causal else TransformerEncoder(VOCABULARY, CLASSES, width=8, depth=1, heads=2,
                                              max_length=16, dropout=0.2)
+    is_low = options.pop("low", False)
+    if is_low:
+        model.to(torch.bfloat16)
     if options.pop("shard", False):
         sharding.shard(model)
     shares = ranks.rank(), ranks.world_size()
@@ -130,7 +136,9 @@ def run(case: str, state: Any = None) -> dict[str, Any]:
         terms[1] = WeightedObjective(spoiled, name="spoiled")
     log: list[dict[str, Any]] = []
     states: dict[int, Any] = {}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    if is_low:
+        optimizer = AdamW(model.named_parameters(), lr=0.05, eps=1.0, seed=3)
     trainer = Trainer(model, optimizer, terms, *streams, steps=STEPS, warmup=0.0, max_skipped=3,
                       record=log.append, checkpoint_every=3,
                       save=lambda step, state: states.setdefault(step, copy.deepcopy(state)),
@@ -150,6 +158,11 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     with ranks.started():
         found = {case: run(case) for case in CASES}
+        if rank == 0:
+            checkpoint.save(Path(folder), 3, found["sharded adamw"]["states"][3])
+        ranks.wait()
+        found["sharded adamw, resumed"] = run("sharded adamw",
+                                              checkpoint.restore(Path(folder)).state)
         torch.manual_seed(rank)
         other = torch.nn.Linear(2, 2)
         try:
@@ -198,7 +211,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{r}.pt") for r in (0, 1)]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "poisoned" not in c and c != "int8"])
+@pytest.mark.parametrize("case", [
+    c for c in CASES if "poisoned" not in c and c not in ("int8", "sharded adamw")])
 def test_two_ranks_give_the_curve_of_one(both: list[dict[str, Any]], case: str) -> None:
     alone = run(case)
     for number, found in enumerate(both):
@@ -231,6 +245,21 @@ def test_sharded_ranks_keep_a_part_and_any_number_goes_on(both: list[dict[str, A
     assert [r["step"] for r in rest["log"]] == [4, 5, 6]
     for name, weight in both[0]["sharded lstm"]["weights"].items():
         torch.testing.assert_close(rest["weights"][name], weight, rtol=0, atol=1e-3)
+
+
+def test_sharded_bf16_weights_go_on_bit_for_bit(both: list[dict[str, Any]]) -> None:
+    """Stochastic rounding and 16-bit moments on shards; on one rank the run goes on as well."""
+    whole, resumed = (both[0][name] for name in ("sharded adamw", "sharded adamw, resumed"))
+    assert without_time(resumed["log"]) == without_time(whole["log"])[-3:]
+    for name, weight in whole["weights"].items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(both[1]["sharded adamw"]["weights"][name], weight)
+        assert torch.equal(resumed["weights"][name], weight)
+    alone = run("sharded adamw", whole["states"][3])
+    for one, two in zip(alone["log"], whole["log"][-3:], strict=True):
+        # Losses below 4 computed to bf16's 8 bits, over three steps: 3 · 4 · 2^-8
+        for name, term in one["objectives"].items():
+            assert two["objectives"][name]["loss"] == pytest.approx(term["loss"], abs=0.05)
 
 
 def test_what_needs_whole_weights_is_refused(both: list[dict[str, Any]]) -> None:
