@@ -1,4 +1,4 @@
-"""The command line: ``lowp train``, ``compare``, ``curves``, ``report`` and ``doctor``.
+"""The command line: ``lowp train``, ``compare``, ``report`` and ``doctor``.
 
 Exit codes: 0 done, 1 failed, 2 a wrong option, configuration or data file, 130 after Ctrl-C.
 """
@@ -252,7 +252,9 @@ def _train_with_twin(path: Path, settings: Config | None, with_twin: bool) -> No
 
 
 @app.command()
-def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled = None,
+def compare(runs: Annotated[list[Path] | None, typer.Argument(
+                help="Folders of runs, two or more, to draw over each other.")] = None,
+            config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled = None,
             heldout: Heldout = None, dataset: Dataset = None, labels: Labels = None,
             model: Model = None, precision: Precision = None, steps: Steps = None,
             settings: Setting = None,
@@ -264,9 +266,15 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
     """Compare {supervised, hybrid} × {fp32 nn.Linear and torch AdamW, lowp} on several seeds.
 
     Finished runs in --out are taken as they are: the same command goes on where it was broken off.
+    With RUNS nothing is trained: their losses and held-out metrics are drawn into one picture.
     """
     from lowp.hybrid import compare as comparison
     from lowp.hybrid import ranks
+
+    if runs:
+        with _exits():
+            _overlay(runs, (results or Path("curves")).with_suffix(".png"))
+        return
 
     flags = {"data.path": data, "data.unlabelled": unlabelled, "data.heldout": heldout,
              "data.dataset": dataset, "data.labels": labels, "model.kind": model,
@@ -286,19 +294,15 @@ def compare(config: ConfigFile = None, data: Data = None, unlabelled: Unlabelled
         console.print(f"  {escape(str(target))}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def curves(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, two or more.")],
-           out: Annotated[Path, typer.Option(
-               "--out", help="PNG file to write.")] = Path("curves.png")) -> None:
-    """Draw the losses and held-out metrics of several runs over each other."""
+def _overlay(runs: list[Path], picture: Path) -> None:
     from lowp.hybrid.curves import draw_overlay
     from lowp.hybrid.run import RunFolder
 
-    with _exits():
-        if len(set(runs)) != len(runs) or len(runs) < 2:
-            raise Stop(WRONG, "[bold red]error:[/] expected two or more different run folders")
-        draw_overlay({str(path): RunFolder.open(path).records() for path in runs}, out)
-        console.print(f"  {escape(str(out))}", highlight=False, soft_wrap=True)
+    if len(set(runs)) != len(runs) or len(runs) < 2:
+        raise Stop(WRONG, "[bold red]error:[/] expected two or more different run folders")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_overlay({str(path): RunFolder.open(path).records() for path in runs}, picture)
+    console.print(f"  {escape(str(picture))}", highlight=False, soft_wrap=True)
 
 
 @app.command()

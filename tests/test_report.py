@@ -217,10 +217,11 @@ def test_commands(tmp_path: Path) -> None:
     as_json = CliRunner().invoke(cli.app, ["report", run, "--json"])
     assert json.loads(as_json.output)["layers"]
     picture = tmp_path / "both.png"
-    result = CliRunner().invoke(cli.app, ["curves", run, str(tmp_path / "run1"), "--out",
-                                          str(picture)])
+    result = CliRunner().invoke(cli.app, ["compare", run, str(tmp_path / "run1"),
+                                          "--results", str(picture)])
     assert result.exit_code == 0 and imread(picture).shape[1] > 1000
-    for words, message in ((["curves", run], "two or more"), (["curves", run, run], "two or more"),
+    for words, message in ((["compare", run], "two or more"),
+                           (["compare", run, run], "two or more"),
                            (["report", str(tmp_path / "none")], "holds no run")):
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 2 and message in result.output
