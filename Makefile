@@ -2,8 +2,10 @@
 VENV := .venv
 TEST_VENV := .venv-test
 PYTHON ?= python3
+NATIVE_TESTS := $(addprefix tests/test_,$(addsuffix .py,quantize scaled_mm linear_op activation \
+  bias_grad optim_ops matrix_optim_ops optim_family layer lstm))
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench sanitize lint clean
 
 $(VENV)/bin/lowp:
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +26,13 @@ test: $(TEST_VENV)/bin/pytest
 
 bench: $(TEST_VENV)/bin/pytest
 	$(TEST_VENV)/bin/pytest benchmarks --benchmark-enable
+
+sanitize: $(TEST_VENV)/bin/pytest
+	LOWP_REQUIRE_NATIVE=1 LOWP_SANITIZE=address,undefined,float-cast-overflow \
+	  $(TEST_VENV)/bin/pip install --no-deps -e .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(TEST_VENV)/bin/pytest -s $(NATIVE_TESTS); status=$$?; \
+	  $(TEST_VENV)/bin/pip install --no-deps -e .; exit $$status
 
 lint: $(TEST_VENV)/bin/ruff
 	$(TEST_VENV)/bin/ruff check .

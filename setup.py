@@ -4,6 +4,8 @@ where nvcc and a GPU are found, the CUDA ones (cuda_build.py). A failure of one 
 Environment
     LOWP_REQUIRE_NATIVE=1   a failed native build fails the install (else: pure Python, said loudly)
     CXX                     the C++17 compiler, default: the first of c++, g++, clang++ on PATH
+    LOWP_SANITIZE=LIST      the CPU kernels under GCC's or Clang's sanitizers, such as
+                            address,undefined; the runtime has to be preloaded (make sanitize)
     and what cuda_build.py names
 """
 
@@ -43,6 +45,14 @@ ISA_FLAGS = {
 }
 ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 ONLY = {"avx512_bf16": ("linear",)}  # the other kernels have nothing to gain over avx512
+
+
+def sanitizer_flags() -> list[str]:
+    """What instruments the CPU kernels, and makes the first finding end the process."""
+    names = os.environ.get("LOWP_SANITIZE")
+    if not names:
+        return []
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 
 
 def source_hash() -> str:
@@ -166,13 +176,16 @@ class NinjaBuild(build_ext):
         name = version.stdout.splitlines()[0] if version.stdout else compiler
         lines = [
             f"cxx = {compiler}",
-            f"flags = {' '.join(COMMON_FLAGS)} " + " ".join(f"-I{quoted(i)}" for i in includes),
+            f"sanitize = {' '.join(sanitizer_flags())}",
+            f"flags = {' '.join(COMMON_FLAGS)} $sanitize "
+            + " ".join(f"-I{quoted(i)}" for i in includes),
             "rule compile",
             "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
             "rule link",
-            "  command = $cxx -shared -fopenmp -s $in -o $out",
+            f"  command = $cxx -shared -fopenmp {'$sanitize' if sanitizer_flags() else '-s'} "
+            "$in -o $out",
         ]
         objects = []
 

@@ -43,6 +43,7 @@ struct Source {
   // Codes of x[begin .. end), which share a scale.
   void encode_group(int64_t begin, int64_t end, float inv_scale, int8_t* codes,
                     Draws& draws) const {
+    if (begin == end) return;  // and codes may be null
     if (inv_scale == 0.0f) {
       memset(codes + begin, 0, static_cast<size_t>(end - begin));
       return;
