@@ -101,8 +101,8 @@ def row(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
 
 def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The mean and spread of each cell over its seeds, in percent; the differences, paired by seed,
-    to the supervised set in the same precision (``gain``) and to the same set in fp32 (``loss``),
-    in points."""
+    to the supervised set in the same precision (``gain``) and to the same set in fp32
+    (``minus_fp32``), in points."""
     found: dict[tuple[str, ...], dict[int, float]] = {}
     for entry in rows:
         key = tuple(entry[name] for name in ("corpus", "model", "objectives", "precision"))
@@ -114,7 +114,7 @@ def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(values), **_spread("accuracy", list(values.values())),
         }
         for name, other in (("gain", (corpus, model, "supervised", precision)),
-                            ("loss", (corpus, model, objectives, "fp32"))):
+                            ("minus_fp32", (corpus, model, objectives, "fp32"))):
             base = found.get(other, {})
             if base is not values and set(base) >= set(values):
                 cell.update(_spread(name, [values[seed] - base[seed] for seed in values]))
