@@ -101,9 +101,11 @@ def row_of(name: str, layers: int, width: int) -> dict[str, Any]:
     full, small = measured(name, layers, width), measured(name, 1, 128)
     count = layers * width * width
     own = {key: (full[key] - small[key]) / count for key in full}
-    return {"stored": name, "width": width, "parameters": count, "computed bytes/param": full["computed"] / count,
-            "peak bytes/param": own["peak"], "resident bytes/param": own["resident"],
-            "peak MiB of the process": full["peak"] / 2**20}
+    return {
+        "stored": name, "width": width, "parameters": count,
+        "computed bytes/param": full["computed"] / count, "peak bytes/param": own["peak"],
+        "resident bytes/param": own["resident"], "peak MiB of the process": full["peak"] / 2**20,
+    }
 
 
 def main() -> None:
