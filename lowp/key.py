@@ -109,6 +109,8 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     applied = getattr(optimizer, "applied", None)  # lowp.optim's know
     if applied is None:
         applied = torch.compiler.is_compiling() or not is_idle(optimizer)
+    elif not applied:
+        optimizer.applied = True
     if applied:
         clock.advance()
 

@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     applied = True
-    """Whether the last step counts: False after one that only made the states."""
+    """False from a step that only made the states until the clock has taken note of it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, rounding: str,
                  state_rounding: str | None, state_dtype: str | torch.dtype | None,
@@ -265,7 +265,6 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self.applied = True
             compiled.step(self)
             return loss
         self.applied = bool(self.state) or not is_idle(self)
