@@ -60,7 +60,8 @@ class Clock:
     """The step that stochastic layers draw for: 1 + the number of optimizer updates applied.
 
     ``step`` is a 0-dim int64 CPU tensor, replaced and never written into, so what a forward pass
-    saved stays what it was. It advances after ``optimizer.step()`` of any torch optimizer.
+    saved stays what it was. It advances after ``optimizer.step()`` of any torch optimizer, but not
+    if that could not change a parameter (:func:`is_idle`) or a gradient scaler skipped it.
     With several optimizers a training step, the clock advances once for each.
     """
 
@@ -81,10 +82,36 @@ class Clock:
 clock = Clock()
 
 
+def is_idle(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all learning rates and all gradients of a step are 0.
+
+    torch.distributed.checkpoint takes such steps to make states, with each save of an optimizer
+    that has none. Rates on an accelerator count as not 0, for reading them would wait for it. Of
+    sharded gradients all ranks find the same.
+    """
+    for group in optimizer.param_groups:
+        lr = group.get("lr", 1.0)
+        if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0:
+            return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return bool(grads) and all(g.layout == torch.strided and not _nonzero(g) for g in grads)
+
+
+def _nonzero(grad: Any) -> int:
+    count: Any = torch.count_nonzero(grad)
+    return int(count.full_tensor() if hasattr(count, "full_tensor") else count)
+
+
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)  # a gradient scaler sets it for the step
-    applied = getattr(optimizer, "applied", True)  # False: lowp.optim only made its states
-    if applied and (found_inf is None or not found_inf.item()):
+    if found_inf is not None and found_inf.item():
+        return
+    applied = getattr(optimizer, "applied", None)  # lowp.optim's know
+    if applied is None:
+        applied = torch.compiler.is_compiling() or not is_idle(optimizer)
+    elif not applied:
+        optimizer.applied = True
+    if applied:
         clock.advance()
 
 

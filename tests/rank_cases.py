@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,11 +13,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lowp
@@ -133,12 +130,20 @@ def sharded_by_column(folder: Path) -> None:
         assert_same_states(many, module, one, plain)
     odd = nn.Parameter(distribute_tensor(torch.zeros(9, 600), mesh, [Shard(1)]))
     odd.grad = torch.zeros_like(odd)
-    try:
+    with pytest.raises(ValueError, match="600 columns on"):
         lowp.optim.AdamW([odd], state_dtype="int8").step()
-    except ValueError as error:
-        assert "600 columns on" in str(error), error
-    else:
-        raise AssertionError("a block of codes on two ranks was not refused")
+
+
+def saved_for_backward(folder: Path) -> None:
+    """A graph that saved a shard from before the step: torch's error."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for make in (MAKE["SGD"], FAMILY["Muon"]):
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)]))
+        loss = p.square().sum()
+        p.grad = distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)])
+        make([("p", p)]).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def two_dimensional(folder: Path) -> None:
@@ -379,6 +384,7 @@ CASES = {
     "fully_sharded": ((2, 4), fully_sharded),
     "fully_sharded_compiled": ((2,), fully_sharded_compiled),
     "sharded_by_column": ((2,), sharded_by_column),
+    "saved_for_backward": ((2,), saved_for_backward),
     "two_dimensional": ((4,), two_dimensional),
     "layers_fully_sharded": ((2,), layers_fully_sharded),
     "replicas": ((2,), replicas),

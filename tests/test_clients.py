@@ -12,6 +12,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -64,6 +65,19 @@ def test_a_compiled_step_neither_breaks_nor_recompiles(name, lr, schedule):
             step_schedule(s)
     assert a.param_groups[0]["lr"] != pytest.approx(0.01)
     assert all(map(same_bits, [p.detach() for p in eager], [q.detach() for q in compiled]))
+
+
+def test_a_compiled_step_counts_after_the_empty_one_of_a_checkpoint():
+    torch._dynamo.reset()
+    model = nn.Linear(3, 2)
+    optimizer = lowp.optim.SGD(model.named_parameters(), lr=0.5)
+    dcp_state.get_optimizer_state_dict(model, optimizer)
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    for count in (1, 2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        step()
+        assert optimizer.state[model.bias]["step"] == count and clock.step.item() == 1 + count
 
 
 def test_a_scheduled_step_by_inductor():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -274,6 +275,40 @@ def test_closure_hooks_copies(name):
             for p, k in zip(params, kept, strict=True):
                 p.copy_(k)
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [
+    ("torch", False), ("GaLore", False),
+    *itertools.product((*OPTIMIZERS, "Muon"), (False, True)),
+])
+def test_a_backward_pass_after_the_step_is_torchs_error(kind, compiled):
+    """A graph that saved the old weight must not give gradients of the new one. torch's default
+    step moves the version by which autograd knows; its fused one does not."""
+    p = torch.randn(8, 8).requires_grad_()
+    x = torch.randn(8, 8).requires_grad_()
+    if kind == "torch":
+        optimizer = torch.optim.AdamW([p])
+    elif kind == "GaLore":
+        optimizer = lowp.optim.GaLore([p], lowp.optim.SGD, rank=2)
+    else:
+        optimizer = getattr(lowp.optim, kind)([p])
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+    for _ in range(2):
+        loss = (x @ p).sum()
+        p.grad = torch.ones_like(p)
+        step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_step_of_tensors_of_inference_mode():
+    """Which have no versions."""
+    with torch.inference_mode():
+        p, other = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
+        p.grad = torch.ones_like(p)
+        lowp.optim.SGD([p], lr=0.5).step()
+    assert p.is_inference() and (p == 0.5).all() and (other == 1).all()
 
 
 def test_torch_generator_is_never_touched():

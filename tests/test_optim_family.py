@@ -1,4 +1,4 @@
-"""Every optimizer: torch's update step by step, its own inputs, exact masters, huge tensors."""
+"""Every optimizer: torch's update step by step, its own inputs, exact masters, odd tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import lowp
 from lowp import optim
 from lowp.ops import muon as muon_op
+from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
+from lowp.ops.muon import muon
 from lowp.ops.sgd import sgd
 from lowp.reference.stores import load_weight
 from tests.tensors import same_bits
 from tests.tolerances import ulp
+from tests.updates import EMPTY
 
 EXTRAS = {"rounding", "state_dtype", "state_rounding", "seed", "master", "clip_grad_norm",
           "maximize", "capturable"}
@@ -34,8 +36,13 @@ def test_signature_is_torchs_plus_keyword_only_extras(name):
     for n, parameter in theirs.items():
         assert ours[n].default == parameter.default and ours[n].kind == parameter.kind, n
     added = set(ours) - set(theirs)
-    assert added <= EXTRAS and {"maximize", *ours} >= EXTRAS - {"capturable"}
+    assert added <= EXTRAS
     assert all(ours[n].kind is inspect.Parameter.KEYWORD_ONLY for n in added)
+
+
+@pytest.mark.parametrize("name", (*TORCHS, "Lion"))
+def test_every_optimizer_has_all_extras(name):
+    assert set(inspect.signature(getattr(optim, name)).parameters) >= EXTRAS
 
 
 STEPS = [
@@ -215,50 +222,56 @@ def test_sparse_and_complex_are_refused_clearly(name):
         getattr(optim, name)([p]).step()
 
 
-def available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+LR = torch.tensor(1e-3, dtype=torch.float64)
+OF_A_STEP = {  # what stands between the gradients and the roundings, with moments m and v
+    "adamw": lambda m, v, step: (m, v, [EMPTY], [EMPTY], [], step, LR, 0.9, 0.99, 0.0, 1e-8, False),
+    "sgd": lambda m, _, step: (m, [EMPTY], step, LR, 0.9, 0.0, 0.0, False, False),
+    "lion": lambda m, _, step: (m, [EMPTY], step, LR, 0.9, 0.99, 0.0, False),
+    "adafactor": lambda _, v, step: ([torch.zeros(30, 1)], [torch.zeros(1, 100)], [EMPTY], step, LR,
+                                     -0.8, 1e-3, 1e-3, 1.0, 0.0, False),
+    "muon": lambda m, _, step: (m, [EMPTY], step, LR, 0.95, True, [3.0, -4.0, 2.0], 1e-7, 0, 0.0,
+                                "original", False),
+}
 
 
-def test_more_than_2_to_the_31_elements():
-    """The tail of 2^31 + 64 bf16 weights, 4.3 GB, is updated like 64 weights at that offset. The
-    gradient is zeros that the system backs with no memory, but for its tail."""
-    if available_bytes() < 8 * 2**30:
-        pytest.skip("needs 8 GiB of available memory for 4.3 GB of weights; offsets beyond 2^31 "
-                    "are tested on small tensors")
-    n, tail = 2**31 + 64, 64
-    p, g = (torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2))
-    g[-tail:] = torch.randn(tail).bfloat16()
-    small = torch.zeros(tail, dtype=torch.bfloat16)
-    lr, step = torch.tensor(1e-2, dtype=torch.float64), torch.zeros(())
-    rest = (lr, 0.0, 0.0, 0.0, False, False, "stochastic", "stochastic", 3, [5])
-    sgd([p], [g], [], [], [step.clone()], *rest, [0], None, None)
-    sgd([small], [g[-tail:].clone()], [], [], [step.clone()], *rest, [n - tail], None, None)
-    assert small.count_nonzero() > 60
-    assert same_bits(p[-tail:], small)
-    assert p[: 2**20].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("op", (adamw, sgd, lion))
+@pytest.mark.parametrize("op", (adamw, sgd, lion, adafactor, muon), ids=lambda op: op.name)
 def test_offsets_beyond_2_to_the_31(op):
     """The draws of elements from 2^31 and 2^40 on are those of the reference, and no others'."""
     results = {}
+    roundings = ("stochastic",) * (1 if op.name == "adafactor" else 2)
     for backend in ("cpu", "reference"):
         for offset in (0, 2**31 - 3, 2**40 + 5):
-            p, g = torch.ones(3000, dtype=torch.bfloat16), torch.linspace(-1, 1, 3000)
-            moments = {"adamw": 2, "sgd": 1, "lion": 1}[op.name]
-            states = [[torch.zeros(3000)] for _ in range(moments)]
-            scales = [[torch.empty(0)] for _ in range(moments)]
-            lr = torch.tensor(1e-3, dtype=torch.float64)
-            hyper = {"adamw": ([], [torch.zeros(())], lr, 0.9, 0.99, 0.0, 1e-8, False),
-                     "sgd": ([torch.zeros(())], lr, 0.9, 0.0, 0.0, False, False),
-                     "lion": ([torch.zeros(())], lr, 0.9, 0.99, 0.0, False)}[op.name]
+            p = torch.ones(30, 100, dtype=torch.bfloat16)
+            g = torch.linspace(-1, 1, 3000).view(30, 100)
+            state = [torch.zeros(30, 100)], [torch.zeros(30, 100)], [torch.zeros(())]
             with lowp.backend(backend):
-                op([p], [g], *states, *scales, *hyper, "stochastic", "stochastic", 3, [5], [offset],
-                   None, None)
+                op([p], [g], *OF_A_STEP[op.name](*state), *roundings, 3, [5], [offset], None, None)
             results[backend, offset] = p
     for offset in (0, 2**31 - 3, 2**40 + 5):
         assert same_bits(results["cpu", offset], results["reference", offset])
     assert not same_bits(results["cpu", 0], results["cpu", 2**31 - 3])
+
+
+@pytest.mark.parametrize("name", (*TORCHS, "Lion"))
+def test_strides_empty_neighbours_and_no_dimensions(name):
+    """A transposed parameter has the bits of a contiguous one; empty and 0-dim ones skip nobody."""
+    found = []
+    start, grads = torch.randn(64, 129).bfloat16(), torch.randn(3, 64, 129).bfloat16()
+    for crowded in (False, True):
+        p = (start.t().contiguous().t() if crowded else start.clone()).requires_grad_()
+        named = {"matrix": p}
+        if crowded:
+            named = {"first": torch.zeros(0, 7), **named, "last": torch.zeros(7, 0)}
+            if name != "Muon":  # is for matrices
+                named["scalar"] = torch.ones(())
+        assert p.is_contiguous() != crowded
+        optimizer = getattr(optim, name)(list(named.items()))
+        for grad in grads:
+            for other in named.values():
+                other.grad = torch.ones_like(other)
+            p.grad = grad
+            optimizer.step()
+        found.append(p.detach())
+        assert {s["step"].item() for s in optimizer.state.values()} == {3.0}
+        assert len(optimizer.state) == len(named) and named.get("scalar", torch.zeros(())) < 1
+    assert same_bits(*found) and not same_bits(found[0], start)

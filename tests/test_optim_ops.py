@@ -54,6 +54,18 @@ def test_sizes_and_offsets_around_vectors(isa, name, kind):
         assert_equal(op, make(params, grads, kind, offsets=[*offsets, carry + 12_345]))
 
 
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
+@pytest.mark.parametrize("name", OPS)
+def test_short_blocks_beside_larger_rows(isa, name, rounding):
+    """Last blocks of some vectors, but not of whole steps: no code or scale is the next row's."""
+    op, make = OPS[name]
+    for dtype in FLOATS:
+        params = [torch.randn(6, n).to(dtype) for n in (16, 32, 48, 96, 160, 224, 272, 288, 352)]
+        factors = torch.logspace(-3, 3, 6).unsqueeze(1)
+        grads = [torch.randn(p.shape) * factors for p in params]
+        assert_equal(op, make(params, grads, "int8", rounding))
+
+
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("name", OPS)
 def test_one_special_value_a_vector(isa, name, kind):

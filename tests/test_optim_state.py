@@ -215,6 +215,38 @@ def test_the_step_that_checkpoints_take_changes_nothing(name, lr):
         assert_same(model, optimizer, plain, other)
 
 
+@pytest.mark.parametrize("lr", (1e-2, torch.tensor(1e-2)))
+@pytest.mark.parametrize("make", (
+    torch.optim.SGD,  # has no state, so every save takes such a step
+    lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.optim.AdamW,
+    lambda p, lr: lowp.optim.GaLore(p, lowp.optim.AdamW, lr, rank=50),  # wraps all as they are
+), ids=("SGD", "momentum", "AdamW", "GaLore"))
+def test_the_step_that_checkpoints_take_does_not_move_the_clock(make, lr):
+    """Nor of optimizers that are not ours: layers draw by it."""
+    model = nn.Linear(3, 2)
+    optimizer = make(model.parameters(), copy.deepcopy(lr))
+    clock.set(5)
+    dcp_state.get_optimizer_state_dict(model, optimizer)
+    assert clock.step.item() == 5
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert clock.step.item() == 6
+    optimizer.zero_grad()
+    dcp_state.get_optimizer_state_dict(model, optimizer)
+    assert clock.step.item() == 6
+    optimizer.step()  # as gradient release leaves it: nothing to update
+    assert clock.step.item() == 7
+
+
+def test_an_idle_step_of_sparse_gradients_counts():
+    """Whether they are 0 is not looked at."""
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.0)
+    optimizer.step()
+    assert clock.step.item() == 2
+
+
 def test_a_first_step_at_lr_0_counts_if_it_has_gradients():
     """A warm-up begins at 0."""
     model = Model()

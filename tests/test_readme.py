@@ -71,6 +71,17 @@ def test_speed_of_layers_and_steps() -> None:
     assert f"{ratio:.1f} ×" in row and "{:.1f} against {:.1f} bytes".format(*sizes) in row
 
 
+def test_memory_of_processes() -> None:
+    row = row_of("optimizer_memory.json")
+    peak = {r["stored"]: r["peak bytes/param"] for r in measured("optimizer_memory.json")["rows"]
+            if r["width"] == 4096}
+    for text, arm in (("{:.1f} in fp32 with torch's fused AdamW", "fp32, torch fused AdamW"),
+                      ("{:.1f} with int8 states;", "fp32, int8 states"),
+                      ("in bf16 with int8 states {:.1f}", "bf16, int8 states"),
+                      ("with gradient release {:.1f}", "bf16, int8 states, gradient release")):
+        assert text.format(peak[arm]) in row, arm
+
+
 def test_every_result_that_is_named_is_there() -> None:
     for name in re.findall(r"`(?:benchmarks/results/)?(\w+\.json)`", README):
         assert measured(name), name

@@ -84,7 +84,7 @@ def test_an_edited_weight_is_quantized_again(edit: Callable[..., object]) -> Non
 
 @pytest.mark.parametrize("kind", [lowp.optim.AdamW, lowp.optim.SGD])
 def test_after_lowps_own_optimizers_nothing_is_stale(kind: Any) -> None:
-    """Their kernels write by address, which no version counter sees."""
+    """Their kernels write by address."""
     curves = []
     for shared in (True, False):
         torch.manual_seed(0)
@@ -102,6 +102,20 @@ def test_after_lowps_own_optimizers_nothing_is_stale(kind: Any) -> None:
         curves.append(curve)
         assert store.made == (8 if shared else 0)
     assert all(torch.equal(a, b) for a, b in zip(*curves, strict=True))
+
+
+def test_a_weight_that_the_backward_pass_updates_is_quantized_again() -> None:
+    """Between two objectives of one step, by gradient release, while the clock stands."""
+    results = []
+    for context in (shared_weight_codes(), contextlib.nullcontext()):
+        torch.manual_seed(0)
+        layer = Linear(24, 16, precision="int8", name="layer")
+        lowp.optim.GradientRelease(lowp.optim.SGD(layer.named_parameters(), lr=0.1))
+        with context:
+            for x in torch.randn(3, 5, 24):
+                layer(x).square().sum().backward()
+                results.append(layer(x).detach())
+    assert all(map(torch.equal, results[:3], results[3:]))
 
 
 def test_stochastic_codes_are_not_taken_from_another_key() -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from lowp.backend import select
@@ -36,6 +37,8 @@ class Op:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         self._overload = getattr(torch.ops.lowp, self.name).default
+        arguments = enumerate(self._overload._schema.arguments)
+        self._written = [i for i, a in arguments if a.alias_info and a.alias_info.is_write]
         OPS[self.name] = self
 
     def check(self, function: Function) -> Function:
@@ -64,7 +67,11 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self._check(*args)
-        return self.kernels[select(self.name, _device(args), self.kernels)](*args)
+        results = self.kernels[select(self.name, _device(args), self.kernels)](*args)
+        for i in self._written:  # kernels write through pointers, which autograd does not see
+            if i < len(args) and args[i] is not None:
+                increment_version(args[i])
+        return results
 
     def __call__(self, *args: Any) -> Any:
         if _nothing_watches() and _are_plain(args):

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from lowp.key import clock, tensor_id
+from lowp.key import clock, is_idle, tensor_id
 from lowp.ops.library import FLOATS
 from lowp.ops.square_sums import square_sums
 from lowp.ops.update import scale_shape
@@ -77,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     applied = True
-    """Whether the last step counts: False after one that only made the states."""
+    """False from a step that only made the states until the clock has taken note of it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, rounding: str,
                  state_rounding: str | None, state_dtype: str | torch.dtype | None,
@@ -246,23 +247,12 @@ class Optimizer(torch.optim.Optimizer):
         rounding = group["rounding"]
         return rounding, group["state_rounding"] or rounding
 
-    def _is_rehearsal(self) -> bool:
-        """Whether this first step is one that only makes the states.
-
-        torch.distributed.checkpoint calls one with learning rates and gradients of 0 to learn what
-        there is to load. All ranks find the same, as a shard's gradient may be 0 on one of them.
-        """
-        if self.state or any(g["lr"] != 0 for g in self.param_groups):
-            return False
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return bool(grads) and not any(sharding.whole(torch.count_nonzero(g)).item() for g in grads)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         A first step whose learning rates and gradients are all 0 makes the states and nothing else:
-        torch.distributed.checkpoint takes such steps.
+        torch.distributed.checkpoint takes such steps to learn what there is to load.
 
         Args:
             closure: recomputes the loss under ``torch.enable_grad()``.
@@ -275,10 +265,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self.applied = True
             compiled.step(self)
             return loss
-        self.applied = not self._is_rehearsal()
+        self.applied = bool(self.state) or not is_idle(self)
         for group in self.param_groups:
             self.start(group)
         if not self.applied:
@@ -298,7 +287,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self.elementwise:
             sharding.scatter(shares)
 
-    def apply(self, group: dict[str, Any], shares: Iterable[Share],
+    def apply(self, group: dict[str, Any], shares: Sequence[Share],
               scaler: tuple[Tensor | None, Tensor | None]) -> None:
         """Update this rank's shares of a group's parameters."""
         lr = torch.as_tensor(group["lr"], dtype=torch.float64)
@@ -307,6 +296,8 @@ class Optimizer(torch.optim.Optimizer):
             for state, owner in zip(batch.states, batch.owners, strict=True):
                 if state is not owner:  # one of several runs, with a step of its own
                     owner["step"].copy_(state["step"])
+        # A DTensor has a version beside that of its local elements, and so has what a graph copied.
+        increment_version([s.owner for s in shares if s.owner is not s.param])
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor) -> None:

@@ -24,6 +24,8 @@ class GradientRelease:
 
     Every backward pass is a step: gradients of several cannot be accumulated, and what needs all
     gradients at once, clipping by the norm and gradient scalers, cannot be used.
+    On Linux set MALLOC_MMAP_THRESHOLD_=131072 where most gradients are below 32 MB: glibc keeps the
+    holes that they leave otherwise (benchmarks/optimizer_memory.py).
 
     Args:
         optimizer: of ``lowp.optim``, without ``clip_grad_norm``.

@@ -19,7 +19,7 @@ class SGD(Optimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch; ``lr`` may
             be a tensor.
-        foreach, fused: accepted, without effect: there is one fused kernel.
+        foreach, capturable, fused: accepted, without effect: there is one fused kernel.
         differentiable: must be False.
         rounding, state_dtype, state_rounding, seed, master, clip_grad_norm: as in
             :class:`lowp.optim.AdamW`.
@@ -30,10 +30,10 @@ class SGD(Optimizer):
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0,
                  dampening: float = 0, weight_decay: float | Tensor = 0, nesterov: bool = False, *,
-                 maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
-                 fused: bool | None = None, rounding: str = "stochastic",
-                 state_dtype: str | torch.dtype | None = None, state_rounding: str | None = None,
-                 seed: int = 0, master: str | None = None,
+                 maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
+                 differentiable: bool = False, fused: bool | None = None,
+                 rounding: str = "stochastic", state_dtype: str | torch.dtype | None = None,
+                 state_rounding: str | None = None, seed: int = 0, master: str | None = None,
                  clip_grad_norm: float | None = None) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -44,7 +44,8 @@ class SGD(Optimizer):
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening,
-                    "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+                    "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize,
+                    "capturable": capturable}
         super().__init__(params, defaults, rounding=rounding, state_rounding=state_rounding,
                          state_dtype=state_dtype, seed=seed, master=master,
                          clip_grad_norm=clip_grad_norm, foreach=foreach, fused=fused,
