@@ -57,7 +57,8 @@ class _Noise:
         """Codes of a weight, of either kind; the passes of a step may share them."""
         bits = None
         if operand.rounding == "stochastic":
-            bits = self.seed, int(self.step), self.tensor
+            step = int(self.step) if self.step.device.type == "cpu" else self.step  # waits for none
+            bits = self.seed, step, self.tensor
         make = self.transposed_codes if transposed else self.codes
         return codes_of_weight(w, (operand, transposed, bits),
                                lambda: make(w, operand, Role.WEIGHT_CODES))
@@ -259,9 +260,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias, activation, chosen)
     seed, tensor = (chosen.seed, 0) if key is None else (key.seed, key.tensor)
-    step = clock.step
     if key is not None and key.step is not None:
         step = torch.tensor(key.step, dtype=torch.int64)
+    else:
+        step = clock.on(x.device) if chosen.is_stochastic else clock.step
     lead = x.shape[:-1]
     rows = x if len(lead) == 1 else x.reshape(math.prod(lead), x.shape[-1])
     y: Tensor
