@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def room() -> None:
+def room(gpu_target: Target) -> None:
     """Free GPU memory for four tensors of 16 bits, and their codes."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("24 GiB of GPU memory are not free")
