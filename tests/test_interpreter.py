@@ -8,9 +8,14 @@ import os
 import pytest
 import torch
 
+from lowp.backend import status
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton does not interpret here", allow_module_level=True)
+for _entry in status():
+    if _entry.name == "triton" and not _entry.available:
+        pytest.skip(_entry.reason, allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
 from lowp.kernels import launch as launches  # noqa: E402
