@@ -177,6 +177,16 @@ def test_a_replayed_graph_accumulates_with_fresh_draws(gpu_target: Target):
         assert same_bits(device["totals"][0].cpu(), case["totals"][0])
 
 
+def test_a_step_on_the_host_reaches_the_device(gpu_target: Target):
+    case = update_cases.accumulate_case([torch.randn(300).bfloat16()], [torch.randn(300)],
+                                        "stochastic")
+    device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+    with lowp.backend(gpu_target.backend):
+        accumulate(*{**device, "step": case["step"]}.values())
+    want = update_cases.run(REFERENCE, accumulate, case)
+    assert same_bits(device["totals"][0].cpu(), want["totals"][0])
+
+
 def test_square_sums_stay_on_the_device(gpu_target: Target):
     xs = [torch.randn(300), torch.randn(70, 400).bfloat16()]
     with lowp.backend(gpu_target.backend):
