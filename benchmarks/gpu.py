@@ -65,9 +65,9 @@ def _cases(report: Path) -> Iterator[tuple[str, str, str]]:
 def test() -> dict[str, Any]:
     """The tests that need a GPU."""
     report = RESULTS / "gpu_test.xml"
-    status, text = _run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py",
-                         "tests/test_device_kernels.py", f"--junitxml={report}", "-o",
-                         "junit_family=xunit2"], LIMIT)
+    files = [f"tests/test_{name}.py" for name in ("gpu", "far_offsets", "device_kernels")]
+    status, text = _run([sys.executable, "-m", "pytest", "-m", "gpu", *files,
+                         f"--junitxml={report}", "-o", "junit_family=xunit2"], LIMIT)
     cases = list(_cases(report)) if report.exists() else []
     report.unlink(missing_ok=True)
     counts = {o: sum(c[1] == o for c in cases) for o in ("passed", "failure", "error", "skipped")}

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import lowp
+from lowp.ops.accumulate import accumulate
 from lowp.ops.activation_grad import activation_grad
+from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.dequantize import dequantize
@@ -21,8 +23,11 @@ from lowp.ops.linear_wgrad import linear_wgrad
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
-from lowp.ops.sgd import sgd
-from tests import test_optim_ops
+from lowp.ops.square_sums import square_sums
+from tests import update_cases
+from tests.targets import moved
+from tests.test_matrix_optim_ops import adafactor_case
+from tests.updates import masters_of
 
 SHAPES = ((1, 1), (3, 7), (17, 129), (64, 256), (130, 1040), (2, 5000))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,13 +62,20 @@ def products() -> None:
 
 
 def updates() -> None:
-    for op, make in ((adamw, test_optim_ops.adamw_case), (sgd, test_optim_ops.sgd_case)):
-        for kind in (torch.float32, torch.bfloat16, "int8"):
-            params = [torch.randn(shape).bfloat16() for shape in SHAPES]
-            case = make(params, [torch.randn(p.shape) for p in params], kind)
-            moved = {key: [t.cuda() if isinstance(t, Tensor) else t for t in value]
-                     if isinstance(value, list) else value for key, value in case.items()}
-            op(*moved.values())
+    """Every state, with each kind of master and without one."""
+    params = [torch.randn(shape).bfloat16() for shape in SHAPES]
+    grads = [torch.randn(p.shape) for p in params]
+    masters = (None, masters_of(params, "remainder"), masters_of(params, "kahan"))
+    kinds = (torch.float32, torch.bfloat16, "int8")
+    cases = [(adamw, update_cases.adamw_case(params, grads, torch.bfloat16, amsgrad=True))]
+    for (op, make), kind, kept in itertools.product(update_cases.OPS.values(), kinds, masters):
+        coupled = {"coupled": True} if op is adamw else {}
+        cases.append((op, {**make(params, grads, kind), **coupled, "masters": kept}))
+    cases += [(adafactor, {**adafactor_case(params, grads), "masters": kept}) for kept in masters]
+    cases.append((accumulate, update_cases.accumulate_case(params, grads, "stochastic")))
+    for op, case in cases:
+        op(*moved(list(case.values()), "cuda"))
+    square_sums(moved(params, "cuda"))
 
 
 def main() -> None:

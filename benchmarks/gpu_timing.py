@@ -25,6 +25,7 @@ from torch.nn import functional
 
 import lowp
 from benchmarks.measure import environment
+from lowp.ops.accumulate import accumulate
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.dequantize import dequantize
@@ -35,6 +36,10 @@ from lowp.ops.linear_wgrad import linear_wgrad
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
+from lowp.ops.square_sums import square_sums
+from tests import update_cases
+from tests.targets import REFERENCE, Target
+from tests.test_matrix_optim_ops import adafactor_case
 from tests.tolerances import product_bound
 
 ROUNDS, BUFFERS = 30, 4
@@ -171,6 +176,46 @@ def updates() -> Iterator[Case]:
         torch.cuda.empty_cache()
 
 
+def updates_equal(op: str, case: dict[str, Any]) -> bool:
+    """Whether the kernel leaves the reference's bits in every tensor that it writes."""
+    try:
+        update_cases.assert_equal(Target("cuda", "cuda"), OPS[op], case)
+    except AssertionError:
+        return False
+    return True
+
+
+def more_updates() -> Iterator[Case]:
+    """The optimizers with one moment or none, sums and additions of gradients."""
+    p, shapes = random(SIZE, SIZE), ((130, 1040), (300,))
+    params, grads = ([torch.randn(shape).bfloat16() for shape in shapes] for _ in range(2))
+    cases: dict[str, dict[str, Any]] = {
+        "SGD": update_cases.sgd_case(params, grads, BF16),
+        "Lion": update_cases.lion_case(params, grads, BF16),
+        "Adafactor": adafactor_case(params, grads),
+    }
+    peers: dict[str, dict[str, Call]] = {name: {} for name in cases}
+    for name, options in (("SGD", {"momentum": 0.9, "fused": True}), ("Adafactor", {})):
+        other = optimizer(getattr(torch.optim, name), p, **options)
+        peers[name] = {"torch": lambda i, s=other: s()}
+    for name, traffic in (("SGD", 10), ("Lion", 10), ("Adafactor", 6)):
+        step = optimizer(getattr(lowp.optim, name), p,
+                         **({"momentum": 0.9} if name == "SGD" else {}))
+        yield Case(f"{name} bf16", lambda i, s=step: s(), peers.pop(name), traffic * p.numel(), 0,
+                   lambda n=name: updates_equal(n.lower(), cases[n]))
+    xs, ys = (copies(lambda: random(SIZE, SIZE)) for _ in range(2))
+    step = torch.ones((), dtype=torch.int64, device="cuda")
+    yield Case("accumulate bf16",
+               lambda i: accumulate([xs[i]], [ys[i]], "stochastic", 0, step, 1, [0], [0]),
+               {"torch add_": lambda i: xs[i].add_(ys[i])}, 6 * p.numel(), 0,
+               lambda: updates_equal("accumulate", update_cases.accumulate_case(
+                   params, grads, "stochastic")))
+    yield Case("square_sums bf16", lambda i: square_sums([xs[i]]),
+               {"torch norm": lambda i: torch.linalg.vector_norm(xs[i], dtype=torch.float32)},
+               2 * p.numel(), 0, lambda: torch.equal(square_sums([params[0].cuda()]).cpu(),
+                                                     REFERENCE.run(square_sums, [params[0]])))
+
+
 def product_gate(depth: int) -> bool:
     x, w = random(256, depth), random(384, depth)
     exact = x.double() @ w.double().t()
@@ -252,7 +297,7 @@ def main() -> None:
                             "cuda": torch.version.cuda}, "rates": rate, "rows": [],
         }
         failed = False
-        for group in (memory_bound, updates, products):
+        for group in (memory_bound, updates, more_updates, products):
             for case in group():
                 found["rows"].append(row_of(case, rate))
                 failed |= "refused" in found["rows"][-1]

@@ -33,6 +33,7 @@ from lowp.kernels.numerics import (
 )
 from torch import Tensor
 
+from lowp.key import is_capturing
 from lowp.ops import update
 from lowp.reference.codec import BLOCK
 
@@ -43,7 +44,6 @@ WIDTH, BLOCKS, PER_ROW, TENSOR, OFFSET, ALIGNED, STEP, REST, EXTRA = (
 BLOCKS_AT_ONCE = 16 if launches.INTERPRETED else 4
 """Blocks of 256 that a program updates at a time: 8 elements a thread of 4 warps. The interpreter
 is slow by operations, not by elements."""
-LANES = 128  # tensors whose scalars one program computes
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
          torch.int8: tl.int8, torch.uint8: tl.uint8, torch.int16: tl.int16}
 
@@ -276,15 +276,15 @@ def _entry(member: Member, step: int) -> tuple[int, ...]:
             step, rest, *member.extra, *[0] * (ROW.value - EXTRA.value - len(member.extra)))
 
 
-def _pinned(values: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the host, for a copy to a GPU that a CUDA graph can capture."""
+def _on_host(values: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is copied to the device. Pinned, unless a CUDA graph is captured: torch then asks for
+    events, which a capture forbids, and the graph copies pageable memory as well."""
     host = torch.tensor(list(values), dtype=dtype)
-    return host.pin_memory() if device.type == "cuda" else host
+    return host.pin_memory() if device.type == "cuda" and not is_capturing() else host
 
 
-@functools.lru_cache(maxsize=64)
-def _table(packed: bytes, host_steps: bool, device: torch.device) -> Batch:
-    """The batch of these table entries; the same ones, step after step, cost nothing."""
+def _new_table(packed: bytes, host_steps: bool, device: torch.device) -> Batch:
+    """The batch of these table entries."""
     entries = [struct.unpack_from(f"<{ROW.value}q", packed, at)
                for at in range(0, len(packed), 8 * ROW.value)]
     blocks = [entry[BLOCKS.value] for entry in entries]
@@ -296,14 +296,15 @@ def _table(packed: bytes, host_steps: bool, device: torch.device) -> Batch:
     if host_steps:
         entries = [(*entry[:STEP.value], steps[i:].data_ptr(), *entry[REST.value:])
                    for i, entry in enumerate(entries)]
-    sources = (_pinned((n for entry in entries for n in entry), torch.int64, device),
-               _pinned(chunks, torch.int32, device))
+    sources = (_on_host((n for entry in entries for n in entry), torch.int64, device),
+               _on_host(chunks, torch.int32, device))
     table, chunk_table = (source.to(device, non_blocking=True) for source in sources)
     return Batch(table.view(-1, ROW.value), chunk_table, size,
                  torch.zeros(len(entries), 4, device=device),
                  torch.zeros(len(entries), dtype=torch.int64, device=device), steps, sources)
 
 
+_table = functools.lru_cache(maxsize=64)(_new_table)  # the same entries, step after step
 _captured: list[Batch] = []  # a CUDA graph repeats the copies and reads the tables while it lives
 
 
@@ -314,12 +315,16 @@ def batch_of(members: Sequence[Member], counts: Sequence[int] | None) -> Batch:
         struct.pack(f"<{ROW.value}q", *_entry(m, 0 if counts else m.step.data_ptr()))
         for m in members
     )
-    batch = _table(packed, counts is not None, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    capturing = is_capturing()  # then the table is not there before the graph is replayed
+    batch = (_new_table if capturing else _table)(packed, counts is not None, device)
+    if capturing:
         _captured.append(batch)
     if counts is not None:
         batch.steps.copy_(torch.tensor(counts, dtype=torch.float32))
     return batch
+
+
+LANES = 128  # tensors whose scalars one program computes
 
 
 def advance(batch: Batch, on_device: bool, lr: Tensor, beta1: float, beta2: float,

@@ -60,21 +60,30 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _triton_version() -> str:
-    """The installed Triton's version; empty without one."""
+def _version(package: str) -> str:
+    """The installed version; empty without one."""
     try:
-        return importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def _triton_reason() -> str:
-    version = _triton_version()
+    version = _version("triton")
     if not version:
         return "triton is not installed"
-    if tuple(map(int, version.split(".")[:2])) < TRITON_VERSION:
+    if _release(version) < TRITON_VERSION:
         return f"triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
-    if interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+    if interpreted():
+        numpy = _version("numpy")
+        if _release(version) < (3, 7) and _release(numpy) >= (2, 4):
+            return f"the interpreter of triton {version} needs numpy < 2.4, not {numpy}"
+        return ""
+    if torch.cuda.is_available() or torch.xpu.is_available():
         return ""
     return "no GPU, and TRITON_INTERPRET=1 is not set"
 

@@ -53,28 +53,41 @@ class _Noise:
                             self.tensor, role, 0)
         return q.t(), scale.reshape(-1)
 
+    def both_codes(self, x: Tensor, rounding: str, row_role: Role, col_role: Role,
+                   ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """:meth:`codes` and :meth:`transposed_codes` by row, out of the same reads."""
+        q, scale, turned, turned_scale = quantize_row_col(
+            x, rounding, self.seed, self.step, self.tensor, row_role, col_role, 0)
+        return (q, scale.reshape(-1)), (turned, turned_scale)
+
     def weight_codes(self, w: Tensor, operand: Operand, transposed: bool) -> tuple[Tensor, Tensor]:
         """Codes of a weight, of either kind; the passes of a step may share them."""
         bits = None
         if operand.rounding == "stochastic":
-            bits = self.seed, int(self.step), self.tensor
+            step = int(self.step) if self.step.device.type == "cpu" else self.step  # waits for none
+            bits = self.seed, step, self.tensor
         make = self.transposed_codes if transposed else self.codes
         return codes_of_weight(w, (operand, transposed, bits),
                                lambda: make(w, operand, Role.WEIGHT_CODES))
 
 
-def _forward(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activation: str,
-             noise: _Noise, save_preact: bool) -> tuple[Tensor, Tensor]:
+def _are_read_together(first: Product, row: Operand, second: Product, column: Operand) -> bool:
+    """Whether one reading gives the codes of an operand by row and those of it by column."""
+    return first.is_int8 and second.is_int8 and row == column and row.granularity == "row"
+
+
+def _forward(x: Tensor, x_codes: tuple[Tensor, Tensor] | None, w: Tensor, bias: Tensor | None,
+             recipe: Recipe, activation: str, noise: _Noise,
+             save_preact: bool) -> tuple[Tensor, Tensor]:
     product = recipe.product("output")
     if not product.is_int8:
         dtype = _compute_dtype(product, x, w)
         y, preact = linear_op(cast(x, dtype), cast(w, dtype), bias, activation, x.dtype,
                               save_preact)
         return y, preact
-    x_codes, x_scale = noise.codes(x, product.left, Role.X_CODES)
+    codes, scale = x_codes or noise.codes(x, product.left, Role.X_CODES)
     w_codes, w_scale = noise.weight_codes(w, product.right, False)
-    y, preact = scaled_mm(x_codes, w_codes, x_scale, w_scale, bias, activation, x.dtype,
-                          save_preact)
+    y, preact = scaled_mm(codes, w_codes, scale, w_scale, bias, activation, x.dtype, save_preact)
     return y, preact
 
 
@@ -123,12 +136,9 @@ def _gradients(dy: Tensor, x: Tensor, w: Tensor, preact: Tensor,
     need_x, need_w, need_b = needs
     rows = cols = None
     dgrad, wgrad = recipe.product("grad_input"), recipe.product("grad_weight")
-    if need_x and need_w and dgrad.is_int8 and wgrad.is_int8 and dgrad.left == wgrad.left \
-            and dgrad.left.granularity == "row":
-        q, s, qt, st = quantize_row_col(dz, dgrad.left.rounding, noise.seed, noise.step,
-                                        noise.tensor, Role.GRAD_CODES_DGRAD, Role.GRAD_CODES_WGRAD,
-                                        0)
-        rows, cols = (q, s.reshape(-1)), (qt, st)
+    if need_x and need_w and _are_read_together(dgrad, dgrad.left, wgrad, wgrad.left):
+        rows, cols = noise.both_codes(dz, dgrad.left.rounding, Role.GRAD_CODES_DGRAD,
+                                      Role.GRAD_CODES_WGRAD)
     dx = _grad_input(dz, rows, w, x.dtype, recipe, noise) if need_x else None
     if not need_w:
         db = bias_grad(dz) if need_b else None
@@ -198,11 +208,14 @@ class LinearFunction(torch.autograd.Function):
         noise = _Noise(seed, step, tensor)
         need_w = ctx.needs_input_grad[1]
         save_preact = activation != "none" and any(ctx.needs_input_grad[:3])
-        y, preact = _forward(x, w, bias, recipe, activation, noise, save_preact)
         codes: tuple[Tensor, ...] = ()
-        wgrad = recipe.product("grad_weight")
-        if need_w and wgrad.is_int8:
+        x_codes = None
+        output, wgrad = recipe.product("output"), recipe.product("grad_weight")
+        if need_w and _are_read_together(output, output.left, wgrad, wgrad.right):
+            x_codes, codes = noise.both_codes(x, output.left.rounding, Role.X_CODES, Role.X_CODES)
+        elif need_w and wgrad.is_int8:
             codes = noise.transposed_codes(x, wgrad.right, Role.X_CODES)
+        y, preact = _forward(x, x_codes, w, bias, recipe, activation, noise, save_preact)
         keep_x = need_w and not wgrad.is_int8
         ctx.save_for_backward(
             x if keep_x else x.new_empty((0, x.shape[1])), w, bias, preact, step, *codes
@@ -259,9 +272,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias, activation, chosen)
     seed, tensor = (chosen.seed, 0) if key is None else (key.seed, key.tensor)
-    step = clock.step
     if key is not None and key.step is not None:
         step = torch.tensor(key.step, dtype=torch.int64)
+    else:
+        step = clock.on(x.device) if chosen.is_stochastic else clock.step
     lead = x.shape[:-1]
     rows = x if len(lead) == 1 else x.reshape(math.prod(lead), x.shape[-1])
     y: Tensor
@@ -270,7 +284,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
             rows, weight, bias, chosen, activation, seed, step, tensor)
     else:
         noise = _Noise(seed, step, tensor)
-        y = _forward(rows, weight, bias, chosen, activation, noise, False)[0]
+        y = _forward(rows, None, weight, bias, chosen, activation, noise, False)[0]
     return y if len(lead) == 1 else y.reshape(*lead, weight.shape[0])
 
 

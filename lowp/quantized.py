@@ -73,7 +73,7 @@ def quantize(x: Tensor, granularity: str = "row", *, block: int = 128, rounding:
         TypeError: ``x`` is not of a float type. ValueError: an unknown option.
     """
     key = key or Key()
-    step = clock.step if key.step is None else torch.tensor(key.step, dtype=torch.int64)
+    step = clock.on(x.device) if key.step is None else torch.tensor(key.step, dtype=torch.int64)
     options = (granularity, block, rounding, key.seed, step, key.tensor, int(key.role), offset)
     if x.requires_grad and torch.is_grad_enabled():
         codes, scale, gradient = _Quantize.apply(  # type: ignore[no-untyped-call]

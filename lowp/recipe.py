@@ -106,6 +106,13 @@ class Recipe:
         return any(self.product(f).is_int8 for f in ("output", "grad_input", "grad_weight"))
 
     @property
+    def is_stochastic(self) -> bool:
+        """Whether any operand is rounded stochastically."""
+        products = [self.product(f) for f in ("output", "grad_input", "grad_weight")]
+        return any("stochastic" in (p.left.rounding, p.right.rounding)
+                   for p in products if p.is_int8)
+
+    @property
     def name(self) -> str:
         """The name of a named recipe, else the three precisions."""
         for name, recipe in RECIPES.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowp.key import clock
+from lowp.key import clock, is_capturing
 
 Codes = tuple[Tensor, Tensor]  # int8 codes and fp32 scales
 
@@ -54,8 +54,9 @@ def shared_weight_codes(store: WeightCodes | None = None) -> Iterator[WeightCode
     """Inside, layers keep the codes of their weights for further passes.
 
     Codes are made again after an optimizer step, an in-place operation on the weight or a
-    replacement of its memory, and where they are rounded stochastically by another key. What
-    torch's version counters do not see, writing through ``weight.data``, must not be done inside.
+    replacement of its memory, and where they are rounded stochastically by another key; a CUDA
+    graph that is captured makes its own. What torch's version counters do not see, writing through
+    ``weight.data``, must not be done inside.
 
     Args:
         store: keeps codes from one block to the next; by default they are dropped at the end.
@@ -74,8 +75,8 @@ def codes_of_weight(w: Tensor, key: Hashable, make: Callable[[], Codes]) -> Code
     Args:
         key: everything but the weight's values that the codes depend on.
     """
-    if not _active or torch.compiler.is_compiling() or w.is_inference():
-        return make()
+    if not _active or torch.compiler.is_compiling() or w.is_inference() or is_capturing():
+        return make()  # a graph must quantize the weight that its replay finds
     store = _active[-1]
     entries: dict[Hashable, _Held] = store.held.setdefault(w, {})
     held = entries.get(key)

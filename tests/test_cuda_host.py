@@ -116,6 +116,7 @@ def test_update_options(kernels: None) -> None:
     for name in test_optim_ops.OPS:
         for master in ("remainder", "kahan"):
             test_optim_ops.test_masters(None, name, master)
+        test_optim_ops.test_a_step_of_0_keeps_every_remainder(None, name)
         test_optim_ops.test_found_inf_changes_nothing(name)
         test_optim_ops.test_strides_and_empty_neighbours(name)
 
@@ -123,6 +124,7 @@ def test_update_options(kernels: None) -> None:
 def test_adafactor(kernels: None) -> None:
     for dtype in FLOATS:
         test_matrix_optim_ops.test_adafactor_equals_reference(None, None, dtype)
+    test_matrix_optim_ops.test_adafactor_of_tiny_gradients(None)
     test_matrix_optim_ops.test_masters_and_special_values(None, "adafactor")
     test_matrix_optim_ops.test_found_inf_neighbours_and_strides("adafactor")
 

@@ -20,7 +20,7 @@ from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
 from tests.targets import REFERENCE, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.test_matrix_optim_ops import adafactor_case
+from tests.test_matrix_optim_ops import adafactor_case, tiny_case
 from tests.updates import masters_of
 
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -208,6 +208,13 @@ def test_masters(target: Target, name, kind):
         update_cases.assert_equal(target, op, {**case, "masters": masters_of(params, kind)})
 
 
+@pytest.mark.parametrize("name", update_cases.OPS)
+def test_a_step_of_0_keeps_every_remainder(target: Target, name):
+    case = update_cases.still_case(name)
+    after = update_cases.assert_equal(target, update_cases.OPS[name][0], case)
+    assert all(same_bits(after[key][0], case[key][0]) for key in ("params", "masters"))
+
+
 @pytest.mark.parametrize("kind", (None, "remainder", "kahan"))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_adafactor(target: Target, dtype, kind):
@@ -229,6 +236,7 @@ def test_adafactor(target: Target, dtype, kind):
 
 
 def test_adafactor_in_other_ways(target: Target):
+    update_cases.assert_equal(target, adafactor, tiny_case())
     params, grads = [torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)]
     case = adafactor_case(params, grads, found_inf=torch.tensor(1.0))
     after = update_cases.run(target, adafactor, case)

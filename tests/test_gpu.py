@@ -1,6 +1,6 @@
-"""What only a GPU can show, of both kernel families: streams, CUDA graphs, far offsets, its NaN.
+"""What only a GPU can show, of both kernel families: streams, CUDA graphs, its NaN.
 
-Together with the cases of tests/test_device_kernels.py on a GPU::
+Together with tests/test_far_offsets.py and the cases of tests/test_device_kernels.py on a GPU::
 
     pytest -m gpu
 """
@@ -13,31 +13,25 @@ import pytest
 import torch
 
 import lowp
+from lowp.key import clock
 from lowp.ops.accumulate import accumulate
 from lowp.ops.activation_grad import activation_grad
+from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
-from lowp.ops.dequantize import dequantize
 from lowp.ops.linear import linear
 from lowp.ops.quantize import quantize
-from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
 from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
+from tests import test_captured_steps as training
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
+from tests.test_matrix_optim_ops import adafactor_case
 from tests.updates import cloned
 
 pytestmark = pytest.mark.gpu
-FAR = 2**31 + 4096  # elements: an int32 offset wraps
-
-
-@pytest.fixture
-def far() -> None:
-    """Free GPU memory for what the tests beyond 2^31 elements hold."""
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("20 GiB of GPU memory are not free")
 
 
 def quantize_on(x: torch.Tensor, granularity: str, step: torch.Tensor):
@@ -97,11 +91,55 @@ def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.parametrize("together", (True, False), ids=("whole step", "passes alone"))
+def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, together):
+    """Layers that draw in every product, with the update inside of the graph or behind it."""
+    x, here = training.X.cuda(), torch.cuda.current_stream()
+
+    def step(module, optimizer):
+        training.passes(module, x)
+        optimizer.step()
+
+    def start():
+        clock.set(1)
+        module = training.model().cuda()
+        return module, training.optimizer_of(module)
+
+    with lowp.backend(gpu_target.backend):
+        module, optimizer = start()
+        expected = []
+        for _ in range(4):
+            step(module, optimizer)
+            expected.append([p.detach().cpu() for p in module.parameters()])
+        module, optimizer = start()
+        side = torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):  # torch asks for the warm-up to run beside
+            step(module, optimizer)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            training.passes(module, x)
+            if together:
+                optimizer.step()
+        for now in (2, 3, 4):
+            graph.replay()
+            if not together:
+                optimizer.step()
+            found = [p.detach().cpu() for p in module.parameters()]
+            assert all(map(same_bits, found, expected[now - 1]))
+            assert clock.step == now + 1
+
+
+UPDATES = {**update_cases.OPS, "adafactor": (
+    adafactor, lambda params, grads, kind, **options: adafactor_case(params, grads, **options))}
+
+
 @pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))
-@pytest.mark.parametrize("name", update_cases.OPS)
+@pytest.mark.parametrize("name", UPDATES)
 def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name, kind):
     """Three replays with a changing rate: steps, noise and lr are read on the device."""
-    op, make = update_cases.OPS[name]
+    op, make = UPDATES[name]
     params = [torch.randn(40, 256).bfloat16(), torch.randn(300).bfloat16()]
     case = make(params, [torch.randn(p.shape) for p in params], kind,
                 found_inf=torch.tensor(0.0), grad_scale=torch.tensor(2.0))
@@ -139,6 +177,16 @@ def test_a_replayed_graph_accumulates_with_fresh_draws(gpu_target: Target):
         assert same_bits(device["totals"][0].cpu(), case["totals"][0])
 
 
+def test_a_step_on_the_host_reaches_the_device(gpu_target: Target):
+    case = update_cases.accumulate_case([torch.randn(300).bfloat16()], [torch.randn(300)],
+                                        "stochastic")
+    device = dict(zip(case, moved(list(case.values()), "cuda"), strict=True))
+    with lowp.backend(gpu_target.backend):
+        accumulate(*{**device, "step": case["step"]}.values())
+    want = update_cases.run(REFERENCE, accumulate, case)
+    assert same_bits(device["totals"][0].cpu(), want["totals"][0])
+
+
 def test_square_sums_stay_on_the_device(gpu_target: Target):
     xs = [torch.randn(300), torch.randn(70, 400).bfloat16()]
     with lowp.backend(gpu_target.backend):
@@ -161,51 +209,6 @@ def test_found_inf_in_a_graph_skips_that_replay_alone(gpu_target: Target):
         graph.replay()
         assert same_bits(device["params"][0].cpu(), before.cpu()) == (found == 1.0)
         assert device["steps"][0].item() == step + 1 - found
-
-
-@pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
-def test_beyond_2_31_elements(gpu_target: Target, far, granularity):
-    """The last rows, whose offsets no int32 holds, have the codes and scales they have alone."""
-    cols = 4096
-    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
-    tail = torch.randn(2, cols).bfloat16()
-    x[-2:] = tail.cuda()
-    with lowp.backend(gpu_target.backend):
-        codes, scale = quantize_on(x, granularity, torch.tensor(3))
-        offset = (x.shape[0] - 2) * cols
-        back = dequantize(codes, scale, granularity, 64, torch.bfloat16)
-    want = REFERENCE.run(quantize, tail, granularity, 64, "stochastic", 1, torch.tensor(3), 2, 4,
-                         offset)
-    whole = scale if granularity in ("tensor", "column") else scale[-2:]
-    assert same_bits(codes[-2:].cpu(), want[0]) and same_bits(whole.cpu(), want[1])
-    again = REFERENCE.run(dequantize, want[0], want[1], granularity, 64, torch.bfloat16)
-    assert same_bits(back[-2:].cpu(), again)
-
-
-def test_turned_codes_beyond_2_31_elements(gpu_target: Target, far):
-    cols = 4096
-    x = torch.zeros(FAR // cols, cols, dtype=torch.bfloat16, device="cuda")
-    tail = torch.randn(2, cols).bfloat16()
-    x[-2:] = tail.cuda()
-    with lowp.backend(gpu_target.backend):
-        got = quantize_row_col(x, "nearest", 1, None, 2, 6, 7, 0)
-    want = REFERENCE.run(quantize_row_col, tail, "nearest", 1, None, 2, 6, 7, 0)
-    assert same_bits(got[0][-2:].cpu(), want[0]) and same_bits(got[1][-2:].cpu(), want[1])
-    assert same_bits(got[2][:, -2:].cpu(), want[2]) and same_bits(got[3].cpu(), want[3])
-
-
-def test_an_update_beyond_2_31_elements(gpu_target: Target, far):
-    p, g = (torch.zeros(FAR, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    tail, slope = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
-    p[-512:], g[-512:] = tail.cuda(), slope.cuda()
-    options = {"momentum_buffers": [], "momentum_scales": []}
-    case = update_cases.sgd_case([tail], [slope], torch.float32, offsets=[FAR - 512], **options)
-    want = update_cases.run(REFERENCE, sgd, case)
-    device = {**case, "params": [p], "grads": [g], "offsets": [0],
-              "steps": moved(case["steps"], "cuda"), "lr": case["lr"].cuda()}
-    with lowp.backend(gpu_target.backend):
-        sgd(*device.values())
-    assert same_bits(p[-512:].cpu(), want["params"][0])
 
 
 def test_the_gpu_s_own_nan(gpu_target: Target):

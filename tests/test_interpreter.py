@@ -8,13 +8,19 @@ import os
 import pytest
 import torch
 
+from lowp.backend import status
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton does not interpret here", allow_module_level=True)
+for _entry in status():
+    if _entry.name == "triton" and not _entry.available:
+        pytest.skip(_entry.reason, allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
 from lowp.kernels import launch as launches  # noqa: E402
 from lowp.kernels import product as products  # noqa: E402
+from lowp.kernels import update as updates  # noqa: E402
 from lowp.kernels.launch import EXACT, launch  # noqa: E402
 from lowp.kernels.numerics import draws, widen  # noqa: E402
 
@@ -98,3 +104,18 @@ def test_tensors_on_two_devices_are_refused():
     meta = torch.empty(16, device="meta", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="_sum_bf16: expected all tensors on cpu, got one"):
         launch(_sum_bf16, (1,), torch.zeros(16).bfloat16(), meta, meta, N=16, **EXACT)
+
+
+def test_a_captured_graph_has_tables_of_its_own(monkeypatch):
+    """They hold nothing before the graph is replayed, so no later call may find them."""
+    totals = [torch.zeros(300)]
+    members = updates.members_of((totals,), totals, [0], [0], None)
+    monkeypatch.setattr(updates, "is_capturing", lambda: True)
+    captured = updates.batch_of(members, None)
+    monkeypatch.setattr(updates, "is_capturing", lambda: False)
+    eager = updates.batch_of(members, None)
+    assert eager is not captured and eager is updates.batch_of(members, None)
+    monkeypatch.setattr(updates, "is_capturing", lambda: True)
+    assert updates.batch_of(members, None) is not eager
+    assert updates._captured[-2] is captured  # kept, as the graph reads them
+    del updates._captured[-2:]

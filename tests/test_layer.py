@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowp
@@ -323,3 +324,26 @@ def test_functional_errors():
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
+
+
+class Quantizations(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("lowp::quantize"):
+            self.seen.append((func.name(), tuple(args[0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_reading_gives_the_codes_by_row_and_by_column():
+    """Of the input in the forward pass and of the gradient in the backward; the weight's codes by
+    column are made when they are needed."""
+    layer, x, dy = pair("int8_full")[0], torch.randn(8, 256), torch.randn(8, 192)
+    with Quantizations() as mode:
+        grads(layer, x, dy)
+    both, one = "lowp::quantize_row_col", "lowp::quantize"
+    assert mode.seen == [(both, (8, 256)), (one, (192, 256)), (both, (8, 192)), (one, (192, 256))]

@@ -39,6 +39,17 @@ def adafactor_case(params, grads, rounding="stochastic", **options):
     }
 
 
+def tiny_case():
+    """Gradients on both sides of both floors, eps1 and its square, from states of 0."""
+    shapes = ((20, 30), (6, 40), (1100,))
+    spread = 10.0 ** -torch.arange(30)
+    grads = [torch.randn(20, 30) * spread, torch.randn(6, 40) * 1e-5,
+             torch.randn(1100) * spread.repeat(37)[:1100]]
+    states = ("row_vars", "col_vars", "variances")
+    case = adafactor_case([torch.randn(shape).bfloat16() for shape in shapes], grads)
+    return {**case, **{key: [torch.zeros_like(v) for v in case[key]] for key in states}}
+
+
 def muon_case(params, grads, kind=torch.float32, rounding="stochastic", ns_steps=0, **options):
     """Without Newton-Schulz steps, whose products have other bits on every backend."""
     torch.manual_seed(5)
@@ -68,6 +79,10 @@ def test_adafactor_equals_reference(isa, threads, dtype):
         case = adafactor_case(params, grads, rounding, maximize=rounding == "nearest",
                               grad_scale=torch.tensor(3.0))
         assert_equal(adafactor, case)
+
+
+def test_adafactor_of_tiny_gradients(isa):
+    assert_equal(adafactor, tiny_case())
 
 
 @pytest.mark.parametrize("kind", STATES)

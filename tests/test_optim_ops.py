@@ -11,7 +11,7 @@ from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
 from lowp.ops.sgd import sgd
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.update_cases import OPS, STATES, adamw_case, lion_case, sgd_case
+from tests.update_cases import OPS, STATES, adamw_case, lion_case, sgd_case, still_case
 from tests.updates import assert_equal, cloned, masters_of
 
 
@@ -119,6 +119,13 @@ def test_masters(isa, name, master):
         grads += [special.repeat_interleave(len(special)), random_bits(3000, seed=2)]
         case = make(params, grads, torch.float32, rounding, **options)
         assert_equal(op, {**case, "masters": masters_of(params, master)})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_step_of_0_keeps_every_remainder(isa, name):
+    case = still_case(name)
+    after = assert_equal(OPS[name][0], case)
+    assert all(same_bits(after[key][0], case[key][0]) for key in ("params", "masters"))
 
 
 def test_options(threads):

@@ -101,16 +101,22 @@ def test_importing_lowp_imports_no_triton():
 
 
 def test_the_reason_is_true(monkeypatch):
-    monkeypatch.setattr(backend, "_triton_version", lambda: "")
+    installed = {"triton": "", "numpy": "2.4.6"}
+    monkeypatch.setattr(backend, "_version", installed.get)
     assert "not installed" in backend._reason("triton")
-    monkeypatch.setattr(backend, "_triton_version", lambda: "3.5.1")
+    installed["triton"] = "3.5.1"
     assert backend._reason("triton") == "triton 3.5.1 is older than 3.6"
-    monkeypatch.setattr(backend, "_triton_version", lambda: "3.9.0")
+    installed["triton"] = "3.9.0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert backend._reason("triton") == "no GPU, and TRITON_INTERPRET=1 is not set"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend._reason("triton") == ""
+    installed["triton"] = "3.6.0"
+    needed = "the interpreter of triton 3.6.0 needs numpy < 2.4, not 2.4.6"
+    assert backend._reason("triton") == needed
+    installed["numpy"] = "2.3.5"
     assert backend._reason("triton") == ""
 
 

@@ -75,6 +75,16 @@ def accumulate_case(totals, grads, rounding, **options):
 OPS = {"adamw": (adamw, adamw_case), "sgd": (sgd, sgd_case), "lion": (lion, lion_case)}
 
 
+def still_case(name: str) -> dict:
+    """A step that moves nothing, of bf16 weights with every remainder: also with -2^15, halfway to
+    the bf16 value below, which belongs to the one above."""
+    params = [torch.randn(256, 256).bfloat16()]
+    still = {"lr": torch.tensor(0.0, dtype=torch.float64), "weight_decay": 0.0}
+    case = OPS[name][1](params, [torch.randn(256, 256)], torch.bfloat16, **still)
+    coupled = {"coupled": False} if name == "adamw" else {}  # it comes before the masters
+    return {**case, **coupled, "masters": [torch.arange(2**16).to(torch.int16).view(256, 256)]}
+
+
 def run(target: Target, op, case: dict) -> dict:
     """The case after the update, on copies, on the CPU."""
     work = cloned(case)

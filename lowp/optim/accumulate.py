@@ -73,8 +73,8 @@ class GradientAccumulation:
                 return None
             self._additions[p] = addition = self._additions.get(p, 0) + 1
             with torch.no_grad():
-                accumulate([total], [grad], self.rounding, self.seed, clock.step, addition,
-                           [identity], [0])
+                accumulate([total], [grad], self.rounding, self.seed, clock.on(total.device),
+                           addition, [identity], [0])
             p.grad = None
             return total
 

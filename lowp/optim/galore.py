@@ -178,9 +178,8 @@ class GaLore(torch.optim.Optimizer):
                     basis = self._basis(p, grad, group)
                     self._cores[p].grad = basis.t() @ grad
                     updated.append((p, basis, group))
-        now = clock.step
-        self.inner.step()
-        clock.step = now  # one update was applied, which this optimizer's own step counts
+        with clock.held():  # one update is applied, which this optimizer's own step counts
+            self.inner.step()
         for p, basis, group in updated:
             self._store(p, basis, group)
         return loss
