@@ -110,7 +110,7 @@ def _are_plain(args: Sequence[Any]) -> bool:
     return True
 
 
-def all_plain(tensors: list[Tensor]) -> bool:
+def all_plain(tensors: Sequence[Tensor]) -> bool:
     """:func:`_are_plain` of a list of torch's own tensors: by attributes, which is quicker."""
     return (
         all([t.is_cpu for t in tensors]) and not any(map(Tensor.is_neg, tensors))
