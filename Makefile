@@ -2,6 +2,7 @@
 VENV := .venv
 TEST_VENV := .venv-test
 PYTHON ?= python3
+BENCHMARKS := $(shell grep -l '^def test_' benchmarks/*.py)
 
 .PHONY: train test bench lint clean
 
@@ -23,7 +24,8 @@ test: $(TEST_VENV)/bin/pytest
 	$(TEST_VENV)/bin/pytest
 
 bench: $(TEST_VENV)/bin/pytest
-	$(TEST_VENV)/bin/pytest benchmarks --benchmark-enable
+	$(TEST_VENV)/bin/pytest $(BENCHMARKS) --benchmark-enable
+	$(TEST_VENV)/bin/python -m benchmarks.growth
 
 lint: $(TEST_VENV)/bin/ruff
 	$(TEST_VENV)/bin/ruff check .
