@@ -4,6 +4,7 @@ TEST_VENV := .venv-test
 PYTHON ?= python3
 NATIVE_TESTS := $(addprefix tests/test_,$(addsuffix .py,quantize scaled_mm linear_op activation \
   bias_grad optim_ops matrix_optim_ops optim_family layer lstm))
+BENCHMARKS := $(shell grep -l '^def test_' benchmarks/*.py)
 
 .PHONY: train test bench sanitize lint clean
 
@@ -25,7 +26,8 @@ test: $(TEST_VENV)/bin/pytest
 	$(TEST_VENV)/bin/pytest
 
 bench: $(TEST_VENV)/bin/pytest
-	$(TEST_VENV)/bin/pytest benchmarks --benchmark-enable
+	$(TEST_VENV)/bin/pytest $(BENCHMARKS) --benchmark-enable
+	$(TEST_VENV)/bin/python -m benchmarks.growth
 
 sanitize: $(TEST_VENV)/bin/pytest
 	LOWP_REQUIRE_NATIVE=1 LOWP_SANITIZE=address,undefined,float-cast-overflow \

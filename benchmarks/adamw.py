@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 
 import lowp
 from benchmarks.conftest import Compare
+from benchmarks.roofline import DRAW, Work
 
 SIZE = (4096, 4096)
+SMALL = ((64,), (512,), (64, 64), (128, 128), (256, 256))
 CASES = (
     (torch.float32, None, "nearest"),
     (torch.bfloat16, None, "nearest"),
@@ -43,6 +46,20 @@ def peers(p: torch.Tensor, state_dtype: str | None) -> dict[str, Callable[[], An
     return found
 
 
+def least_work(params: list[torch.Tensor], states: list[dict[str, Any]], rounding: str) -> Work:
+    """Weights and states are read and written, gradients read; each element takes a square root and
+    a division, and a draw for each store that is rounded stochastically."""
+    moments = [[t for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
+               for state in states]
+    numel, nbytes, drawn = 0, 0, 0
+    for p, own in zip(params, moments, strict=True):
+        numel += p.numel()
+        nbytes += 3 * p.nbytes + 2 * sum(t.nbytes for t in own)
+        drawn += sum(t.numel() for t in (p, *own) if t.dtype != torch.float32)
+    draws = drawn * DRAW if rounding == "stochastic" else 0.0
+    return Work(nbytes, {"roots": numel, "wide_products": draws})
+
+
 @pytest.mark.parametrize(("dtype", "state_dtype", "rounding"), CASES, ids=str)
 def test_adamw(compare: Compare, dtype: torch.dtype, state_dtype: str | None,
                rounding: str) -> None:
@@ -67,4 +84,35 @@ def test_adamw(compare: Compare, dtype: torch.dtype, state_dtype: str | None,
     }
     labels = {"dtype": str(dtype), "states": state_dtype or "as weights", "rounding": rounding,
               "state bytes/param": state / p.numel()}
-    compare(labels, candidates, "lowp")
+    compare(labels, candidates, "lowp", least_work([p], [ours.state[p]], rounding))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_small_tensors(compare: Compare, dtype: torch.dtype) -> None:
+    """One step over 300 tensors of 64 to 65,536 elements, and each step's gradients new memory."""
+    values = [torch.randn(SMALL[i % len(SMALL)]).to(dtype) for i in range(300)]
+    grads = [[torch.randn_like(v) for v in values] for _ in range(2)]
+
+    def of(kind: Any, **options: Any) -> tuple[list[torch.Tensor], Callable[[], Any]]:
+        params = [v.clone().requires_grad_() for v in values]
+        optimizer = kind(params, **options)
+        turns = itertools.cycle(grads)
+
+        def step() -> None:
+            for p, g in zip(params, next(turns), strict=True):
+                p.grad = g
+            optimizer.step()
+
+        return params, step
+
+    plain, ours = of(lowp.optim.AdamW, rounding="nearest"), of(lowp.optim.AdamW)
+    fused = of(torch.optim.AdamW, fused=True)
+    for step in (plain[1], ours[1], fused[1]):
+        step()
+    for p, q in zip(plain[0], fused[0], strict=True):
+        assert torch.allclose(p, q, rtol=float(torch.finfo(dtype).eps), atol=1e-7)
+    states = [{"m": v, "v": v} for v in values]
+    labels = {"dtype": str(dtype), "states": f"as weights, of {len(values)} small tensors",
+              "rounding": "stochastic"}
+    compare(labels, {"lowp": ours[1], "torch fused": fused[1]}, "lowp",
+            least_work(values, states, "stochastic"))

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Candidates, interleaved, record, with_ratios
+from benchmarks.roofline import Work, sample
 
-Compare = Callable[[dict[str, Any], Candidates, str], None]
+Compare = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,12 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     if found:
         path = record(Path(request.path).stem, found)
         table = Table(title=str(path))
-        for column in found[0]:
+        columns = list(dict.fromkeys(column for row in found for column in row))
+        for column in columns:
             table.add_column(column, overflow="fold")
         for row in found:
-            table.add_row(*[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
+            values = [row.get(column, "") for column in columns]
+            table.add_row(*[f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
         Console(width=180).print(table)
 
 
@@ -34,10 +37,14 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
 def compare(rows: list[dict[str, Any]], benchmark: Any) -> Compare:
     """Time candidates interleaved, add a row; pytest-benchmark times ours once more by itself."""
 
-    def run(labels: dict[str, Any], candidates: Candidates, ours: str) -> None:
-        row = with_ratios(interleaved(candidates), ours)
+    def run(labels: dict[str, Any], candidates: Candidates, ours: str,
+            work: Work | None = None) -> None:
+        times = interleaved(candidates)
+        row: dict[str, Any] = dict(with_ratios(times, ours))
+        if work is not None:
+            row["work"] = sample(work)
         rows.append({**labels, **row})
-        benchmark.extra_info.update(row)
+        benchmark.extra_info.update(times)
         benchmark.pedantic(candidates[ours], rounds=5, warmup_rounds=1)
 
     return run

@@ -7,6 +7,7 @@ Quantization, and that of the weight, is counted in every pass, as in a step of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch import nn
 import lowp
 from benchmarks.conftest import Compare
 from benchmarks.measure import interleaved, with_ratios
+from benchmarks.roofline import Work, product, sample
 from lowp.recipe import RECIPES
 from tests.tolerances import RECIPE_ERROR
 
 TOKENS = 1024
 DTYPES = (torch.float32, torch.bfloat16)
+PRODUCT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+                 "int8": torch.int8}
 
 
 def error(got: torch.Tensor | None, exact: torch.Tensor | None) -> float:
@@ -57,6 +61,16 @@ def one_pass(layer: nn.Linear) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(x), inputs, dy)
 
 
+def least_work(recipe: lowp.Recipe, width: int, parameters: str) -> Work:
+    """Input, weight, output and their gradients once each; a product of each of the three."""
+    size = getattr(torch, parameters.removeprefix("torch.")).itemsize
+    operations: Counter[str] = Counter()
+    for field in ("output", "grad_input", "grad_weight"):
+        dtype = PRODUCT_TYPES[recipe.product(field).precision]
+        operations.update(product(TOKENS, width, width, dtype).operations)
+    return Work(size * (4 * TOKENS * width + 2 * width * width), dict(operations))
+
+
 @pytest.mark.parametrize("width", (1024, 2048, 4096))
 def test_pass(rows: list[dict[str, Any]], benchmark: Any, width: int) -> None:
     """All recipes with fp32 parameters, the int8 ones with bf16 parameters too, in one run."""
@@ -75,7 +89,8 @@ def test_pass(rows: list[dict[str, Any]], benchmark: Any, width: int) -> None:
     times = interleaved({**plain, **ours}, rounds=10)
     for name, label in labels.items():
         mine = {"lowp": times[name], **{other: times[other] for other in plain}}
-        rows.append({**label, **with_ratios(mine, "lowp")})
+        work = least_work(RECIPES[label["recipe"]], width, label["parameters"])
+        rows.append({**label, **with_ratios(mine, "lowp"), "work": sample(work)})
     benchmark.pedantic(ours["int8_full torch.float32"], rounds=5, warmup_rounds=1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.conftest import Compare
+from benchmarks.roofline import Work, product
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
@@ -36,7 +37,7 @@ def test_forward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int,
 
     candidates = {"lowp": lambda: linear(x, w, b, activation, dtype, False), "torch": plain}
     labels = {"op": "linear", "activation": activation, "dtype": str(dtype), "M": m, "N": n, "K": k}
-    compare(labels, candidates, "lowp")
+    compare(labels, candidates, "lowp", product(m, n, k, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,4 +54,6 @@ def test_backward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int) 
     }
     labels = {"op": "dgrad + wgrad + bias", "activation": "-", "dtype": str(dtype), "M": m, "N": n,
               "K": k}
-    compare(labels, candidates, "lowp")
+    (unit, operations), = product(m, n, k, dtype).operations.items()
+    nbytes = dy.nbytes + 2 * (w.nbytes + x.nbytes)  # dw and dx are as large as w and x
+    compare(labels, candidates, "lowp", Work(nbytes, {unit: 2 * operations}))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import lowp
+from benchmarks import roofline
 from lowp.doctor import cpu_model
 from lowp.native import cpu_extension
 
@@ -65,10 +66,13 @@ def environment() -> dict[str, Any]:
 
 
 def record(stem: str, rows: list[dict[str, Any]], **tables: list[dict[str, Any]]) -> Path:
-    """Write the rows, with the environment, to ``results/<stem>.json``; numbers have 4 digits.
-
-    ``tables`` are made from the rows, and stand beside them.
-    """
+    """Write the rows, with the environment and the ceilings that were measured, to
+    ``results/<stem>.json``; numbers have 4 digits. The ``work`` of a row becomes its share of the
+    roofline. ``tables`` are made from the rows, and stand beside them."""
+    for row in rows:
+        if "work" in row:
+            threads = row.get("threads", torch.get_num_threads())
+            row.update(roofline.against(row.pop("work"), row["lowp [s]"], threads))
     rounded = {
         name: [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
                for row in table]
@@ -76,7 +80,10 @@ def record(stem: str, rows: list[dict[str, Any]], **tables: list[dict[str, Any]]
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{stem}.json"
-    path.write_text(json.dumps({"environment": environment(), **rounded}, indent=1) + "\n")
+    ceilings = roofline.measured()
+    found = {"environment": environment(), **({"ceilings": ceilings} if ceilings else {}),
+             **rounded}
+    path.write_text(json.dumps(found, indent=1) + "\n")
     return path
 
 

@@ -13,6 +13,7 @@ import torch
 import lowp
 from benchmarks.conftest import Compare
 from benchmarks.measure import Candidates, interleaved
+from benchmarks.roofline import DRAW, Work, sample
 from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
@@ -30,6 +31,14 @@ def eager(x: torch.Tensor, dim: int | None, stochastic: bool) -> tuple[torch.Ten
     return v.clamp(-127, 127).to(torch.int8), scale
 
 
+def least_work(x: torch.Tensor, copies: int, rounding: str) -> Work:
+    """One read of ``x``, a byte an element for each copy of codes, and its draw where there is one;
+    scales apart."""
+    codes = copies * x.numel()
+    return Work(x.nbytes + codes,
+                {"wide_products": codes * DRAW} if rounding == "stochastic" else {})
+
+
 @pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
 @pytest.mark.parametrize("granularity", DIMS)
 def test_quantize(compare: Compare, granularity: str, rounding: str) -> None:
@@ -45,7 +54,7 @@ def test_quantize(compare: Compare, granularity: str, rounding: str) -> None:
         "torch eager": lambda: eager(x, DIMS[granularity], rounding == "stochastic"),
     }
     labels = {"op": "quantize", "granularity": granularity, "rounding": rounding}
-    compare(labels, candidates, "lowp")
+    compare(labels, candidates, "lowp", least_work(x, 1, rounding))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -65,7 +74,8 @@ def test_rows_against_memory(rows: list[dict[str, Any]], benchmark: Any,
         rows.append({"op": f"quantize {dtype}", "granularity": "row", "rounding": rounding,
                      "lowp [s]": times[rounding], "GB/s": rate / 1e9, "stream GB/s": stream / 1e9,
                      "of the stream": rate / stream,
-                     "times as long as nearest": times[rounding] / times["nearest"]})
+                     "times as long as nearest": times[rounding] / times["nearest"],
+                     "work": sample(least_work(x, 1, rounding))})
     benchmark.pedantic(candidates["nearest"], rounds=5, warmup_rounds=1)
 
 
@@ -77,7 +87,7 @@ def test_row_and_column_in_one_pass(compare: Compare) -> None:
         "torch eager": lambda: (eager(x, -1, True), eager(x, 0, True)[0].t().contiguous()),
     }
     labels = {"op": "quantize_row_col", "granularity": "row + column", "rounding": "stochastic"}
-    compare(labels, candidates, "lowp")
+    compare(labels, candidates, "lowp", least_work(x, 2, "stochastic"))
 
 
 def test_dequantize(compare: Compare) -> None:
@@ -90,4 +100,5 @@ def test_dequantize(compare: Compare) -> None:
         "lowp": lambda: dequantize(codes, scale, "row", 0, torch.bfloat16),
         "torch eager": lambda: (codes * scale).bfloat16(),
     }
-    compare({"op": "dequantize", "granularity": "row", "rounding": "nearest"}, candidates, "lowp")
+    compare({"op": "dequantize", "granularity": "row", "rounding": "nearest"}, candidates, "lowp",
+            Work(codes.nbytes + scale.nbytes + y.nbytes))

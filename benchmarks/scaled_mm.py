@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import lowp
 from benchmarks.conftest import Compare
+from benchmarks.roofline import product
 from lowp.ops.scaled_mm import scaled_mm
 
 SHAPES = ((32, 512, 512), (512, 512, 512), (512, 3072, 768), (2048, 1024, 1024),
@@ -38,4 +39,4 @@ def test_scaled_mm(compare: Compare, m: int, n: int, k: int) -> None:
         ).to(bf16),
         **{f"torch {d}": lambda p=p: functional.linear(*p) for d, p in pairs.items()},
     }
-    compare({"M": m, "N": n, "K": k}, candidates, "lowp")
+    compare({"M": m, "N": n, "K": k}, candidates, "lowp", product(m, n, k, torch.int8, bf16))

@@ -16,6 +16,7 @@
 #include "scaled_mm.h"
 #include "sgd.h"
 #include "square_sums.h"
+#include "steps.h"
 
 namespace py = pybind11;
 using namespace lowp;
@@ -39,6 +40,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("best_isa", [] { return isa_name(cpu::best_isa()); });
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(isa_from_name(name)); });
   m.def("cpu_features", &cpu_features);
+
+  m.def("advance_steps", &advance_steps);
 
   py::class_<PhiloxKey>(m, "PhiloxKey")
       .def(py::init<uint64_t, uint32_t, uint32_t, uint32_t>(), py::arg("seed"), py::arg("step"),

@@ -50,6 +50,8 @@ def test_speed_ratios() -> None:
     (bf16,) = [r for r in rows if (r["dtype"], r["states"], r["rounding"]) == (
         "torch.bfloat16", "as weights", "stochastic")]
     assert f"with bf16 states {bf16['lowp is x times torch fused']:.1f} × torch fused" in row
+    small = [r["lowp is x times torch fused"] for r in rows if "small tensors" in r["states"]]
+    assert f"elements at least {min(small):.2f} × torch fused" in row
 
 
 def span(ratios: list[float]) -> str:

@@ -58,7 +58,7 @@ Raises:
 """
 
 _Tensors = Sequence[Tensor]
-_ROW = struct.Struct("<16q")
+_ROW, _SCALARS = struct.Struct("<16q"), struct.Struct("<2f")
 
 
 @adamw.check
@@ -114,6 +114,46 @@ def _reference(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sq
         )
 
 
+class Table:
+    """What the CPU kernel takes, of contiguous tensors that were checked; arguments as the op's."""
+
+    def __init__(self, params: _Tensors, grads: _Tensors, exp_avgs: _Tensors,
+                 exp_avg_sqs: _Tensors, exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors,
+                 max_exp_avg_sqs: _Tensors, tensors: Sequence[int], offsets: Sequence[int],
+                 masters: _Tensors | None) -> None:
+        at, none = update.addresses, [0] * len(params)
+        shapes = [update.rows_cols_of(p) if p.numel() else (0, 1) for p in params]
+        rows = bytearray().join(map(  # a column a word of csrc/adamw.h: AdamWTensor
+            _ROW.pack, at(params), at(grads), at(exp_avgs), at(exp_avg_sqs), at(exp_avg_scales),
+            at(exp_avg_sq_scales), at(max_exp_avg_sqs) or none, [s[0] for s in shapes],
+            [s[1] for s in shapes], [FLOATS[p.dtype] for p in params],
+            [FLOATS[g.dtype] for g in grads], [update.STATE_TYPES[m.dtype] for m in exp_avgs],
+            [FLOATS[m.dtype] for m in max_exp_avg_sqs] or none, none, tensors, offsets,
+        ))
+        self.rows = torch.frombuffer(rows, dtype=torch.int64).view(-1, 16)
+        self.masters = torch.tensor([update.master_row(masters, i) for i in range(len(params))]
+                                    if masters else [], dtype=torch.int64)
+
+    def replace_grads(self, addresses: list[int]) -> None:
+        """Take other gradients, of the same types and shapes."""
+        self.rows[:, 1] = torch.tensor(addresses)
+
+    def run(self, counts: Sequence[int], lr: float, beta1: float, beta2: float,
+            weight_decay: float, eps: float, maximize: bool, rounding: str, state_rounding: str,
+            seed: int, grad_scale: Tensor | None, coupled: bool) -> None:
+        """The update that is each tensor's ``counts``-th."""
+        self.rows[:, 13] = torch.tensor(counts)
+        of_count = {n: _SCALARS.pack(*reference.scalars(n, lr, beta1, beta2)) for n in set(counts)}
+        scalars = torch.frombuffer(bytearray().join([of_count[n] for n in counts]),
+                                   dtype=torch.float32)
+        cpu_extension().adamw(
+            self.rows.data_ptr(), scalars.data_ptr(), len(counts), 1 - beta1, 1 - beta2, eps,
+            1.0 if coupled else 1 - lr * weight_decay, update.inv_scale_of(grad_scale), maximize,
+            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
+            torch.get_num_threads(), weight_decay if coupled else 0.0, self.masters.data_ptr(),
+        )
+
+
 @adamw.kernel("cpu")
 def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Tensors,
          exp_avg_scales: _Tensors, exp_avg_sq_scales: _Tensors, max_exp_avg_sqs: _Tensors,
@@ -123,40 +163,16 @@ def _cpu(params: _Tensors, grads: _Tensors, exp_avgs: _Tensors, exp_avg_sqs: _Te
          coupled: bool = False, masters: _Tensors | None = None) -> None:
     if update.is_skipped(found_inf):
         return
-    rate = lr.item()
-    grads = [g.contiguous() for g in grads]
+    counts = update.advance(steps)
+    if not counts:
+        return
+    grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
     maxima = [m.contiguous() for m in max_exp_avg_sqs]
-    table, scalars, extras = bytearray(), bytearray(), bytearray()
-    known: dict[int, bytes] = {}
     with update.contiguous_params(params) as work:
-        for i, step in enumerate(update.advance(steps)):
-            p, m, v = work[i], exp_avgs[i], exp_avg_sqs[i]
-            if p.numel() == 0:
-                continue
-            if step not in known:
-                known[step] = struct.pack("<2f", *reference.scalars(step, rate, beta1, beta2))
-            table += _ROW.pack(  # csrc/adamw.h: AdamWTensor
-                p.data_ptr(), grads[i].data_ptr(), m.data_ptr(), v.data_ptr(),
-                exp_avg_scales[i].data_ptr(), exp_avg_sq_scales[i].data_ptr(),
-                maxima[i].data_ptr() if maxima else 0, *update.rows_cols_of(p), FLOATS[p.dtype],
-                FLOATS[grads[i].dtype], update.STATE_TYPES[m.dtype],
-                FLOATS[maxima[i].dtype] if maxima else 0, step, tensors[i], offsets[i],
-            )
-            scalars += known[step]
-            if masters:
-                extras += struct.pack("<2q", *update.master_row(masters, i))
-        if not table:
-            return
-        rows = torch.frombuffer(table, dtype=torch.int64)
-        floats = torch.frombuffer(scalars, dtype=torch.float32)
-        weights = torch.frombuffer(extras, dtype=torch.int64) if masters else None
-        cpu_extension().adamw(
-            rows.data_ptr(), floats.data_ptr(), len(rows) // 16, 1 - beta1, 1 - beta2, eps,
-            1.0 if coupled else 1 - rate * weight_decay, update.inv_scale_of(grad_scale), maximize,
-            ROUNDINGS[rounding], ROUNDINGS[state_rounding], seed & (2**64 - 1),
-            torch.get_num_threads(), weight_decay if coupled else 0.0,
-            weights.data_ptr() if weights is not None else 0,
-        )
+        table = Table(work, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, maxima,
+                      tensors, offsets, masters)
+        table.run(counts, lr.item(), beta1, beta2, weight_decay, eps, maximize, rounding,
+                  state_rounding, seed, grad_scale, coupled)
     for m, work_m in zip(max_exp_avg_sqs, maxima, strict=True):
         if m.data_ptr() != work_m.data_ptr():
             m.copy_(work_m)

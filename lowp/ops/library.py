@@ -74,15 +74,16 @@ class Op:
         return results
 
     def __call__(self, *args: Any) -> Any:
-        if _nothing_watches() and _are_plain(args):
+        if nothing_watches() and _are_plain(args):
             return self._run(*args)
         return self._overload(*args)
 
 
+TENSORS = frozenset((Tensor, Parameter))
 _NO_TENSORS = frozenset((str, int, float, bool, torch.dtype, type(None)))
 
 
-def _nothing_watches() -> bool:
+def nothing_watches() -> bool:
     """Whether torch's dispatcher would do no more than find the kernel.
 
     That is so without gradients to record and without a compiler, tracer, mode, functorch transform
@@ -107,11 +108,21 @@ def _are_plain(args: Sequence[Any]) -> bool:
             if not value.is_cpu or value.is_neg() or value._is_zerotensor():
                 return False
         elif kind is list:
-            if not _are_plain(value):
+            kinds = set(map(type, value))
+            if not (all_plain(value) if kinds <= TENSORS else
+                    kinds <= _NO_TENSORS or _are_plain(value)):
                 return False
         elif kind not in _NO_TENSORS and not isinstance(value, int):  # a lowp.key.Role is one
             return False
     return True
+
+
+def all_plain(tensors: Sequence[Tensor]) -> bool:
+    """:func:`_are_plain` of a list of torch's own tensors: by attributes, which is quicker."""
+    return (
+        all([t.is_cpu for t in tensors]) and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor._is_zerotensor, tensors))
+    )
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

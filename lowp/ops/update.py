@@ -9,36 +9,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lowp import native
 from lowp.ops.library import FLOATS
 from lowp.reference.codec import BLOCK
 from lowp.reference.stores import fp32
 
 CODES = 3  # csrc/adamw.h: State
+_DENSE = {torch.strided}
 _SGD_ROW = struct.Struct("<12q")
 STATE_TYPES = {**FLOATS, torch.int8: CODES, torch.uint8: CODES}
 
 
 def require_lists(op: str, params: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     """ValueError unless every list has one tensor a parameter, of its shape and device."""
-    wanted = [(p.shape, p.device) for p in params]
+    shapes, devices = [p.shape for p in params], [p.device for p in params]
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(
                 f"lowp::{op}: {name} must have {len(params)} tensors, one a parameter, "
                 f"got {len(tensors)}"
             )
-        found = [(t.shape, t.device) for t in tensors]
-        if found != wanted:
-            i = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-            raise ValueError(
-                f"lowp::{op}: {name}[{i}] must have shape {tuple(wanted[i][0])} on "
-                f"{wanted[i][1]}, got {tuple(found[i][0])} on {found[i][1]}"
-            )
+        if [t.shape for t in tensors] == shapes and [t.device for t in tensors] == devices:
+            continue
+        for i, (t, shape, device) in enumerate(zip(tensors, shapes, devices, strict=True)):
+            if t.shape != shape or t.device != device:
+                raise ValueError(
+                    f"lowp::{op}: {name}[{i}] must have shape {tuple(shape)} on {device}, "
+                    f"got {tuple(t.shape)} on {t.device}"
+                )
 
 
 def require_float_lists(op: str, **lists: Sequence[Tensor]) -> None:
     """TypeError unless all tensors are dense and of a float type."""
     for name, tensors in lists.items():
+        if {t.layout for t in tensors} <= _DENSE and {t.dtype for t in tensors} <= FLOATS.keys():
+            continue
         for i, t in enumerate(tensors):
             if t.layout != torch.strided:
                 raise TypeError(f"lowp::{op}: {name}[{i}] must be dense, got {t.layout}")
@@ -51,6 +56,9 @@ def require_float_lists(op: str, **lists: Sequence[Tensor]) -> None:
 def require_states(op: str, name: str, codes: torch.dtype, states: Sequence[Tensor],
                    scales: Sequence[Tensor]) -> None:
     """Raises unless each state is contiguous floats, or ``codes`` with fp32 scales of blocks."""
+    contiguous = all([s.is_contiguous() for s in states])
+    if contiguous and {s.dtype for s in states} <= FLOATS.keys():
+        return
     for i, (state, scale) in enumerate(zip(states, scales, strict=True)):
         if state.dtype not in (*FLOATS, codes):
             raise TypeError(
@@ -149,6 +157,11 @@ def inv_scale_of(grad_scale: Tensor | None) -> float:
     return 1.0 if grad_scale is None else fp32(1.0 / grad_scale.item())
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor's first element lies; 0 for an empty one."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def rows_cols_of(x: Tensor) -> tuple[int, int]:
     """A parameter as a matrix; a 0-dim one is 1 x 1."""
     cols = x.shape[-1] if x.dim() else 1
@@ -158,10 +171,10 @@ def rows_cols_of(x: Tensor) -> tuple[int, int]:
 @contextmanager
 def contiguous_params(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The parameters, or contiguous copies that are copied back at the end."""
-    work = [p.detach().contiguous() for p in params]
+    work = [p if p.is_contiguous() else p.detach().contiguous() for p in params]
     yield work
     for p, w in zip(params, work, strict=True):
-        if w.data_ptr() != p.data_ptr():
+        if w is not p:
             p.detach().copy_(w)
 
 
@@ -172,6 +185,11 @@ def seed_of(seed: int, addition: int) -> int:
 
 def advance(steps: Sequence[Tensor]) -> list[int]:
     """Count one applied update in every 0-dim fp32 step tensor; the new counts."""
+    if native.cpu is not None and all(
+        [s.is_cpu and s.dtype == torch.float32 and s.numel() == 1 for s in steps]
+    ):
+        counts: list[int] = native.cpu.advance_steps([s.data_ptr() for s in steps])
+        return counts
     if steps:
         torch._foreach_add_(list(steps), 1.0)
     return [int(s) for s in steps]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lowp.ops.adamw import adamw
+from lowp.ops.update import is_skipped
 from lowp.optim.optimizer import Batch, Optimizer
+from lowp.optim.repeat import RepeatedUpdate
 
 
 class Adam(Optimizer):
@@ -55,6 +57,12 @@ class Adam(Optimizer):
                          state_dtype=state_dtype, seed=seed, master=master,
                          clip_grad_norm=clip_grad_norm, foreach=foreach, fused=fused,
                          differentiable=differentiable)
+        self._repeats: dict[int, RepeatedUpdate] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch; other states have other memory."""
+        super().__setstate__(state)
+        self._repeats = {}
 
     def init_state(self, p: Tensor, group: dict[str, Any], index: int) -> dict[str, Any]:
         """Zero moments."""
@@ -66,6 +74,23 @@ class Adam(Optimizer):
                       else group["state_dtype"]}
             self.add_moment(state, "max_exp_avg_sq", p, floats, torch.uint8)
         return state
+
+    def step_group(self, index: int, params: list[Tensor],
+                   scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """As every optimizer's; where it is the last step's again, without checking all anew."""
+        group, (grad_scale, found_inf) = self.param_groups[index], scaler
+        states = [self.state[p] for p in params]
+        repeated = self._repeats.get(index)
+        if repeated is None or not repeated.takes(params, states, group["amsgrad"]):
+            self._repeats.pop(index, None)
+            super().step_group(index, params, scaler)
+            repeated = RepeatedUpdate.of(params, states, group["amsgrad"])
+            if repeated is not None:
+                self._repeats[index] = repeated
+        elif not is_skipped(found_inf):
+            repeated.run(float(group["lr"]), *map(float, group["betas"]), group["weight_decay"],
+                         group["eps"], group["maximize"], *self._roundings(group), group["seed"],
+                         grad_scale, not group["decoupled_weight_decay"])
 
     def update(self, group: dict[str, Any], batch: Batch, lr: Tensor, rounding: tuple[str, str],
                scaler: tuple[Tensor | None, Tensor | None]) -> None:

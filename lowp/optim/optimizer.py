@@ -195,11 +195,15 @@ class Optimizer(torch.optim.Optimizer):
         """One update of a batch whose states have one type."""
         raise NotImplementedError
 
-    def start(self, group: dict[str, Any]) -> None:
-        """Give every parameter of the group that has a gradient a state."""
+    def start(self, group: dict[str, Any]) -> list[Tensor]:
+        """The group's parameters that have a gradient; each now has a state."""
         ids: list[int] = []
+        found: list[Tensor] = []
         for i, p in enumerate(group["params"]):
-            if p.grad is None or self.state[p]:
+            if p.grad is None:
+                continue
+            found.append(p)
+            if self.state[p]:
                 continue
             if p.is_complex():
                 raise RuntimeError(
@@ -212,6 +216,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
             ids = ids or self.ids_of(group)
             self.state[p].update(self.first_state(p, group, i, ids[i]))
+        return found
 
     def _init_group(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> int:
         """Start every state, list all tensors of the step, and return its plan for the graph.
@@ -233,7 +238,9 @@ class Optimizer(torch.optim.Optimizer):
                     f"lowp.optim.{type(self).__name__} does not support sparse gradients"
                 )
             key = share.param.device, _has_scales(tuple(share.state))
-            batch = batches.setdefault(key, Batch([], [], [], [], []))
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch([], [], [], [], [])
             for piece in share.pieces(by_run):
                 batch.params.append(piece.param)
                 batch.grads.append(piece.grad)
@@ -268,16 +275,19 @@ class Optimizer(torch.optim.Optimizer):
             compiled.step(self)
             return loss
         self.applied = bool(self.state) or not is_idle(self)
-        for group in self.param_groups:
-            self.start(group)
+        found = [self.start(group) for group in self.param_groups]
         if not self.applied:
             return loss
-        found = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
-        scaler = self.scaler([p.grad for params in found for p in params],
+        scaler = self.scaler((p.grad for params in found for p in params),
                              getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        for group, params in zip(self.param_groups, found, strict=True):
-            self.step_params(group, params, scaler)
+        for index, params in enumerate(found):
+            self.step_group(index, params, scaler)
         return loss
+
+    def step_group(self, index: int, params: list[Tensor],
+                   scaler: tuple[Tensor | None, Tensor | None]) -> None:
+        """Update all of a group's parameters that have a gradient."""
+        self.step_params(self.param_groups[index], params, scaler)
 
     def step_params(self, group: dict[str, Any], params: Iterable[Tensor],
                     scaler: tuple[Tensor | None, Tensor | None]) -> None:
@@ -315,7 +325,7 @@ class Optimizer(torch.optim.Optimizer):
             f"lowp.optim.{type(self).__name__}.step_parameter: p is none of its parameters"
         )
 
-    def scaler(self, grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None,
+    def scaler(self, grads: Iterable[Any], grad_scale: Tensor | None, found_inf: Tensor | None,
                ) -> tuple[Tensor | None, Tensor | None]:
         """What gradients are divided by, and whether a gradient scaler found Inf or NaN.
 
@@ -327,11 +337,10 @@ class Optimizer(torch.optim.Optimizer):
         if most is None:
             return grad_scale, found_inf
         scale = torch.ones(()) if grad_scale is None else grad_scale
-        sharded = [g for g in grads if sharding.is_sharded(g)]
+        sharded: list[Tensor] = []
         by_device: dict[torch.device, list[Tensor]] = {}
         for g in grads:
-            if not sharding.is_sharded(g):
-                by_device.setdefault(g.device, []).append(g)
+            (sharded if sharding.is_sharded(g) else by_device.setdefault(g.device, [])).append(g)
         sums = [x for xs in by_device.values() for x in square_sums(xs).tolist()]
         sums += [square_sums([sharding.whole(g)]).item() for g in sharded]
         # exactly rounded, so no order or grouping of the tensors changes it
