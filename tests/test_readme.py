@@ -73,6 +73,16 @@ def test_speed_of_layers_and_steps() -> None:
     assert f"{ratio:.1f} ×" in row and "{:.1f} against {:.1f} bytes".format(*sizes) in row
 
 
+def test_applications() -> None:
+    row, found = row_of("applications.json"), measured("applications.json")
+    losses = [f"{-entry['loss_above_fp32_percent']:.1f} %" for entry in found["comparison"]]
+    assert " and ".join(losses) + " below fp32's" in row
+    plain, ours = (next(r for r in found["rows"] if r["precision"] == p) for p in ("torch", "int8"))
+    assert f"BLEU {ours['bleu']:.1f} against {plain['bleu']:.1f}" in row
+    sizes = [f"{r['bytes_per_parameter']:.1f}" for r in (ours, plain)]
+    assert " against ".join(sizes) + " bytes" in row
+
+
 def test_memory_of_processes() -> None:
     row = row_of("optimizer_memory.json")
     peak = {r["stored"]: r["peak bytes/param"] for r in measured("optimizer_memory.json")["rows"]
