@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowp.native import cpu_extension
-from lowp.ops import update
+from lowp.ops import device_table, update
 from lowp.ops.library import ROUNDINGS, Op, deferred, require_choice
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
@@ -187,6 +187,35 @@ def _cpu(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum
                 table.data_ptr(), rates.data_ptr(), 1, 1 - rate * weight_decay,
                 ROUNDINGS[rounding], seed, threads, weights.data_ptr(),
             )
+
+
+@muon.kernel("cuda")
+def _cuda(params: _Tensors, grads: _Tensors, momentum_buffers: _Tensors, momentum_scales: _Tensors,
+          steps: _Tensors, lr: Tensor, momentum: float, nesterov: bool,
+          ns_coefficients: Sequence[float], eps: float, ns_steps: int, weight_decay: float,
+          adjust_lr: str, maximize: bool, rounding: str, state_rounding: str, seed: int,
+          tensors: Sequence[int], offsets: Sequence[int], grad_scale: Tensor | None,
+          found_inf: Tensor | None, masters: _Tensors | None = None) -> None:
+    if not params:
+        return
+    extension, place, device = device_table.extension_for(params)
+    counts = device_table.DeviceSteps(steps, device, found_inf)
+    if counts.skipped:
+        return
+    clock, _owners = device_table.clock_of(device, lr, weight_decay, (), grad_scale, found_inf)
+    seed &= 2**64 - 1
+    grads = [g.contiguous() for g in grads]
+    xs = [torch.empty(p.shape, device=device) for p in params]
+    table, _memory = device_table.upload_sgd(xs, grads, momentum_buffers, momentum_scales,
+                                             counts.steps, tensors, offsets, None, device)
+    extension.muon_momentum(place, clock, extension.SgdTable(*table), momentum, 1 - momentum,
+                            nesterov, maximize, ROUNDINGS[state_rounding], seed)
+    orthogonalize(xs, ns_coefficients, eps, ns_steps)
+    with update.contiguous_params(params) as work:
+        table, _memory = device_table.upload_sgd(work, xs, (), (), counts.steps, tensors, offsets,
+                                                 masters, device)
+        extension.muon_step(place, clock, extension.SgdTable(*table), ADJUSTMENTS[adjust_lr],
+                            ROUNDINGS[rounding], seed)
 
 
 muon.kernel("triton")(deferred("muon"))
