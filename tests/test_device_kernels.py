@@ -287,7 +287,7 @@ def test_muon_of_special_values(target: Target, kind):
 def test_muon_in_other_ways(target: Target):
     make = matrix_optim.muon_case
     case = make([torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)], "int8",
-                found_inf=torch.tensor(1.0))
+                found_inf=torch.tensor(1.0), steps=[torch.tensor(3.0)])
     after = update_cases.run(target, muon, case)
     for key in ("params", "momentum_buffers", "momentum_scales", "steps"):
         assert all(map(same_bits, after[key], case[key]))

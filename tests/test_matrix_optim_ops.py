@@ -149,7 +149,7 @@ def test_masters_and_special_values(isa, name):
 def test_found_inf_neighbours_and_strides(name):
     op, make = OPS[name]
     case = make([torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)],
-                found_inf=torch.tensor(1.0))
+                found_inf=torch.tensor(1.0), steps=[torch.tensor(3.0)])
     after = cloned(case)
     op(*after.values())
     for key, before in case.items():
