@@ -122,6 +122,18 @@ def _adafactor(param: torch.dtype, rounding: str, master: torch.dtype | None = N
     return run
 
 
+def _muon(param: torch.dtype, state: torch.dtype | str, rounding: str,
+          master: torch.dtype | None = None) -> Case:
+    """Without its products, which linear's cases have."""
+    def run() -> object:
+        buffer, scale = _state(state, torch.int8)
+        return _run("muon", [_x(param)], [_x(param)], [buffer], [scale], [torch.zeros(())],
+                    torch.tensor(1e-3), 0.95, True, [3.4445, -4.7750, 2.0315], 1e-7, 0, 0.1,
+                    "original", False, rounding, rounding, 1, [2], [0], None, None, _master(master))
+
+    return run
+
+
 CASES: dict[str, Case] = {
     **{f"quantize {g} {r} bf16": _quantize(g, r)
        for g in ("tensor", "row", "column", "block") for r in ("nearest", "stochastic")},
@@ -162,6 +174,8 @@ CASES: dict[str, Case] = {
     "square_sums fp32": lambda: _run("square_sums", [_x(FP32)]),
     "lion bf16 stochastic, int8 states": _lion(BF16, "int8", "stochastic"),
     "lion bf16 stochastic, bf16 states, Kahan": _lion(BF16, BF16, "stochastic", BF16),
+    "muon bf16 stochastic, int8 states": _muon(BF16, "int8", "stochastic"),
+    "muon bf16 stochastic, bf16 states, Kahan": _muon(BF16, BF16, "stochastic", BF16),
 }
 
 EVERYWHERE = (
@@ -172,6 +186,7 @@ EVERYWHERE = (
     "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
     "sgd bf16 stochastic, int8 states", "lion bf16 stochastic, int8 states",
     "accumulate bf16 stochastic", "square_sums bf16", "adafactor bf16 stochastic",
+    "muon bf16 stochastic, int8 states",
 )
 """Each kernel once, in its richest form: compiled for every target, the others for sm_90."""
 

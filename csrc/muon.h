@@ -4,6 +4,9 @@
 
 namespace lowp {
 
+// What lr is multiplied by: sqrt(max(1, rows / cols)), or 0.2 sqrt(max(rows, cols)).
+enum class Adjustment : int { original = 0, match_rms_adamw = 1 };
+
 struct MuonMomentumArgs {
   const SgdTensor* tensors;  // [count]; param: the mean that is orthogonalized, fp32 [rows, cols]
   int64_t count;

@@ -19,9 +19,9 @@ from benchmarks import cuda_compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = json.loads(cuda_compiled.RESULT.read_text())
-MEMORY_BOUND = ("Gradient", "AdamWBody", "SgdBody", "LionBody", "Sum>", "Decode", "EpilogueBody",
-                "Addition", "SquareRuns", "RowMeans", "ColumnMeans", "Norms", "Move", "Spans",
-                "Lines", "Encode", "Both", "Plain")
+MEMORY_BOUND = ("Gradient", "AdamWBody", "SgdBody", "LionBody", "MomentumBody", "StepBody",
+                "Sum>", "Decode", "EpilogueBody", "Addition", "SquareRuns", "RowMeans",
+                "ColumnMeans", "Norms", "Move", "Spans", "Lines", "Encode", "Both", "Plain")
 SUMS = ("Lines", "SquareRuns", "RowMeans", "Norms")  # write one number a row, column or run
 
 

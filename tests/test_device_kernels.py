@@ -12,15 +12,16 @@ from lowp.ops.accumulate import accumulate
 from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.lion import lion
+from lowp.ops.muon import ADJUSTMENTS, muon
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
 from lowp.ops.square_sums import square_sums
 from tests import cases, update_cases
+from tests import test_matrix_optim_ops as matrix_optim
 from tests.targets import REFERENCE, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.test_matrix_optim_ops import adafactor_case, tiny_case
 from tests.updates import masters_of
 
 GRANULARITIES = ("tensor", "row", "column", "block")
@@ -228,7 +229,7 @@ def test_adafactor(target: Target, dtype, kind):
     grads = [*map(torch.randn, shapes), special.repeat_interleave(n).view(n, n),
              random_bits(600, seed=2)]
     nearest = kind == "remainder"
-    case = adafactor_case(params, [g.bfloat16() if nearest else g for g in grads],
+    case = matrix_optim.adafactor_case(params, [g.bfloat16() if nearest else g for g in grads],
                           ROUNDINGS[not nearest], maximize=nearest, grad_scale=torch.tensor(3.0),
                           offsets=[0, 16, 0, 5, 8, 3, 0, 24, 0, 0])
     case["masters"] = None if kind is None else masters_of(params, kind)
@@ -236,18 +237,73 @@ def test_adafactor(target: Target, dtype, kind):
 
 
 def test_adafactor_in_other_ways(target: Target):
-    update_cases.assert_equal(target, adafactor, tiny_case())
+    update_cases.assert_equal(target, adafactor, matrix_optim.tiny_case())
     params, grads = [torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)]
-    case = adafactor_case(params, grads, found_inf=torch.tensor(1.0))
+    case = matrix_optim.adafactor_case(params, grads, found_inf=torch.tensor(1.0))
     after = update_cases.run(target, adafactor, case)
     for key in ("params", "row_vars", "col_vars", "steps"):
         assert all(map(same_bits, after[key], case[key]))
-    update_cases.assert_equal(target, adafactor, adafactor_case([], []))
+    update_cases.assert_equal(target, adafactor, matrix_optim.adafactor_case([], []))
     for form, p in strided_forms(torch.randn(16, 33)):
         if form != "expanded":
-            case = adafactor_case([p.bfloat16()], [torch.ones(()).expand(p.shape)],
+            case = matrix_optim.adafactor_case([p.bfloat16()], [torch.ones(()).expand(p.shape)],
                                   steps=[torch.tensor(12_345.0)])
             update_cases.assert_equal(target, adafactor, case)
+
+
+@pytest.mark.parametrize("kind", matrix_optim.STATES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_muon(target: Target, dtype, kind):
+    """Whole vectors and cut ones, tall and wide; then steps whose products are exact."""
+    rows = 6 if target.interpreted else 257
+    shapes = [(rows, 401), (130, 3), (0, 4), (rows, 272)]
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    for rounding, grad_type in zip(ROUNDINGS, (torch.float32, torch.float16), strict=True):
+        nearest = rounding == "nearest"
+        options = {"rounding": rounding, "adjust_lr": list(ADJUSTMENTS)[nearest]}
+        grads = [torch.randn(shape).to(grad_type) for shape in shapes]
+        case = matrix_optim.muon_case(
+            params, grads, kind, nesterov=nearest, maximize=nearest, offsets=[0, 3, 0, 16],
+            grad_scale=torch.tensor(3.0), found_inf=torch.tensor(0.0), **options)
+        update_cases.assert_equal(target, muon, case)
+        case = matrix_optim.exact_muon_case([(rows, 20), (9, 272)], dtype, kind, **options)
+        update_cases.assert_equal(target, muon, case)
+
+
+@pytest.mark.parametrize("kind", ("remainder", "kahan"))
+def test_muon_of_special_values(target: Target, kind):
+    special = special_values()
+    n = len(special)
+    values = [torch.randn(6, 272), special.repeat(n).view(n, n), random_bits(600).view(20, 30)]
+    grads = [torch.randn(6, 272), special.repeat_interleave(n).view(n, n),
+             random_bits(600, seed=2).view(20, 30)]
+    for dtype, rounding in itertools.product(FLOATS, ROUNDINGS):
+        params = [p.to(dtype) for p in values]
+        states = "int8" if rounding == "stochastic" else dtype
+        case = matrix_optim.muon_case(params, grads, states, rounding, offsets=[16, 5, 8])
+        update_cases.assert_equal(target, muon, {**case, "masters": masters_of(params, kind)})
+
+
+def test_muon_in_other_ways(target: Target):
+    make = matrix_optim.muon_case
+    case = make([torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)], "int8",
+                found_inf=torch.tensor(1.0), steps=[torch.tensor(3.0)])
+    after = update_cases.run(target, muon, case)
+    for key in ("params", "momentum_buffers", "momentum_scales", "steps"):
+        assert all(map(same_bits, after[key], case[key]))
+    for shapes in ([], [(0, 4)], [(0, 4), (4, 0), (4, 5)]):
+        params = [torch.randn(shape) for shape in shapes]
+        update_cases.assert_equal(target, muon, make(params, [p.clone() for p in params]))
+    for form, p in strided_forms(torch.randn(16, 33)):
+        if form != "expanded":
+            case = make([p.bfloat16()], [torch.ones(()).expand(p.shape)], torch.bfloat16)
+            update_cases.assert_equal(target, muon, case)
+
+
+@pytest.mark.parametrize("shape", ((40, 64), (64, 40), (1, 9), (130, 130)))
+def test_orthogonalization_is_inside_its_bound(target: Target, shape):
+    for steps in (1, 5):
+        matrix_optim.assert_orthogonal(target, shape, steps)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -20,6 +20,7 @@ from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear
+from lowp.ops.muon import muon
 from lowp.ops.quantize import quantize
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
@@ -28,7 +29,7 @@ from tests import cases, update_cases
 from tests import test_captured_steps as training
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
-from tests.test_matrix_optim_ops import adafactor_case
+from tests.test_matrix_optim_ops import adafactor_case, muon_case
 from tests.updates import cloned
 
 pytestmark = pytest.mark.gpu
@@ -131,7 +132,7 @@ def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, toget
             assert clock.step == now + 1
 
 
-UPDATES = {**update_cases.OPS, "adafactor": (
+UPDATES = {**update_cases.OPS, "muon": (muon, muon_case), "adafactor": (
     adafactor, lambda params, grads, kind, **options: adafactor_case(params, grads, **options))}
 
 
@@ -140,7 +141,8 @@ UPDATES = {**update_cases.OPS, "adafactor": (
 def test_updates_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, name, kind):
     """Three replays with a changing rate: steps, noise and lr are read on the device."""
     op, make = UPDATES[name]
-    params = [torch.randn(40, 256).bfloat16(), torch.randn(300).bfloat16()]
+    shapes = ((40, 256), (20, 15) if name == "muon" else (300,))
+    params = [torch.randn(shape).bfloat16() for shape in shapes]
     case = make(params, [torch.randn(p.shape) for p in params], kind,
                 found_inf=torch.tensor(0.0), grad_scale=torch.tensor(2.0))
     device = dict(zip(case, moved(list(cloned(case).values()), "cuda"), strict=True))

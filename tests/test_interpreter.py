@@ -7,7 +7,9 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lowp
 from lowp.backend import status
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -24,8 +26,11 @@ from lowp.kernels import update as updates  # noqa: E402
 from lowp.kernels.launch import EXACT, launch  # noqa: E402
 from lowp.kernels.numerics import draws, widen  # noqa: E402
 
+from lowp.ops.library import OPS  # noqa: E402
 from lowp.reference.philox import draws as reference_draws  # noqa: E402
 from tests.cases import assert_within, codes, matrices  # noqa: E402
+from tests.test_matrix_optim_ops import exact_muon_case  # noqa: E402
+from tests.updates import cloned  # noqa: E402
 
 
 @triton.jit
@@ -119,3 +124,23 @@ def test_a_captured_graph_has_tables_of_its_own(monkeypatch):
     assert updates.batch_of(members, None) is not eager
     assert updates._captured[-2] is captured  # kept, as the graph reads them
     del updates._captured[-2:]
+
+
+class Unread(TorchDispatchMode):
+    """Whose tensors' values the host does not see."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_muon_waits_for_nothing(monkeypatch):
+    """Steps, rate, scale, found_inf and the norms stay where they are, as a CUDA graph needs it."""
+    monkeypatch.setattr("lowp.ops.muon.fp32", float)  # it rounds numbers of the host in a tensor
+    case = exact_muon_case([(6, 20), (9, 272)], torch.bfloat16, "int8",
+                           grad_scale=torch.tensor(3.0), found_inf=torch.tensor(0.0))
+    with lowp.backend("triton"), torch.no_grad():
+        with Unread():
+            OPS["muon"].kernels["triton"](*cloned(case).values())
+        with pytest.raises(AssertionError), Unread():
+            OPS["muon"].kernels["reference"](*cloned(case).values())

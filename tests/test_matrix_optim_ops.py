@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+import lowp
 from lowp.ops.adafactor import adafactor
-from lowp.ops.muon import _orthogonalized, muon
+from lowp.ops.muon import ADJUSTMENTS, muon, orthogonalize
 from lowp.reference.adafactor import power_of
+from tests.targets import CPU, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
 from tests.tolerances import orthogonalization_bound
 from tests.updates import EMPTY, assert_equal, cloned, masters_of, state_like
@@ -67,6 +69,25 @@ def muon_case(params, grads, kind=torch.float32, rounding="stochastic", ns_steps
     }
 
 
+def scattered(rows: int, cols: int) -> torch.Tensor:
+    """One number in each row and column at most, so that every sum of its products has one term:
+    any order of summing has the same bits."""
+    n = min(rows, cols)
+    x = torch.zeros(rows, cols)
+    x[torch.randperm(rows)[:n], torch.randperm(cols)[:n]] = torch.randn(n)
+    return x
+
+
+def exact_muon_case(shapes, dtype, kind, **options):
+    """Newton-Schulz steps whose products are exact: gradients and momentum of one pattern."""
+    grads = [scattered(*shape) for shape in shapes]
+    case = muon_case([torch.randn(shape).to(dtype) for shape in shapes], grads, kind, ns_steps=5,
+                     **options)
+    for buffer, grad in zip(case["momentum_buffers"], grads, strict=True):
+        buffer.mul_(grad != 0)
+    return case
+
+
 OPS = {"adafactor": (adafactor, adafactor_case), "muon": (muon, muon_case)}
 
 
@@ -98,6 +119,14 @@ def test_muon_equals_reference(isa, dtype, kind):
                                      grad_scale=torch.tensor(3.0)))
 
 
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_muon_of_exact_products_equals_reference(dtype, kind):
+    for adjust in ADJUSTMENTS:
+        shapes = [(20, 301), (64, 40), (0, 4), (33, 33)]
+        assert_equal(muon, exact_muon_case(shapes, dtype, kind, adjust_lr=adjust))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_masters_and_special_values(isa, name):
     op, make = OPS[name]
@@ -120,7 +149,7 @@ def test_masters_and_special_values(isa, name):
 def test_found_inf_neighbours_and_strides(name):
     op, make = OPS[name]
     case = make([torch.randn(20, 30).bfloat16()], [torch.full((20, 30), torch.inf)],
-                found_inf=torch.tensor(1.0))
+                found_inf=torch.tensor(1.0), steps=[torch.tensor(3.0)])
     after = cloned(case)
     op(*after.values())
     for key, before in case.items():
@@ -175,9 +204,20 @@ def test_opcheck(name):
         torch.library.opcheck(getattr(torch.ops.lowp, name).default, tuple(case.values()))
 
 
+def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """What the products make of one matrix."""
+    xs = [x]
+    orthogonalize(xs, COEFFICIENTS, 1e-7, steps)
+    return xs[0]
+
+
 @pytest.mark.parametrize("shape", ((40, 64), (64, 40), (1, 9), (130, 130)))
 @pytest.mark.parametrize("steps", (0, 1, 5))
 def test_orthogonalization_is_inside_its_bound(isa, shape, steps):
+    assert_orthogonal(CPU, shape, steps)
+
+
+def assert_orthogonal(target: Target, shape: tuple[int, int], steps: int) -> None:
     """Against fp64, in the Frobenius norm, and no worse than torch's, which rounds more often."""
     from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -191,7 +231,8 @@ def test_orthogonalization_is_inside_its_bound(isa, shape, steps):
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
         iterates.append(wide)
     exact = wide.t() if shape[0] > shape[1] else wide
-    got = _orthogonalized(x, COEFFICIENTS, 1e-7, steps)
+    with lowp.backend(target.backend):
+        got = orthogonal(x.to(target.device), steps).cpu()
     assert got.dtype == torch.bfloat16 and got.is_contiguous()
     error = (got.double() - exact).norm().item()
     assert error <= orthogonalization_bound(iterates, (a, b, c))
@@ -204,8 +245,8 @@ def test_orthogonalization_is_inside_its_bound(isa, shape, steps):
 
 
 def test_orthogonalization_of_zero_is_zero():
-    assert (_orthogonalized(torch.zeros(4, 5), COEFFICIENTS, 1e-7, 5) == 0).all()
-    assert math.isnan(_orthogonalized(torch.full((4, 5), math.nan), COEFFICIENTS, 1e-7, 1)[0, 0])
+    assert (orthogonal(torch.zeros(4, 5), 5) == 0).all()
+    assert math.isnan(orthogonal(torch.full((4, 5), math.nan), 1)[0, 0])
 
 
 def test_power_of_is_inside_its_bound():

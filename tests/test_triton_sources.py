@@ -40,16 +40,10 @@ def jitted(tree: ast.Module) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-WITHOUT = {"muon"}
-"""Ops of the CPU and the reference alone: they came after the GPU kernels, and neither family has
-them yet. On a GPU they run on the reference, with the warning of :mod:`lowp.backend`."""
-
-
 def test_every_op_has_a_triton_kernel_of_its_name():
     files = {path.stem for path in KERNELS}
     for name, op in OPS.items():
-        assert ("triton" in op.kernels) == (name in files) == (name not in WITHOUT), name
-    assert set(OPS) > WITHOUT
+        assert "triton" in op.kernels and name in files, name
 
 
 def test_every_launch_goes_through_the_guarded_launcher():

@@ -242,6 +242,25 @@ PYBIND11_MODULE(LOWP_MODULE, m) {
       },
       Release());
   m.def(
+      "muon_momentum",
+      [](const cuda::Place& place, const cuda::UpdateClock& clock,
+         const cuda::UpdateTable<SgdTensor>& table, float momentum, float one_minus_momentum,
+         bool nesterov, bool maximize, int state_rounding, uint64_t seed) {
+        cuda::muon_momentum(place,
+                            {nullptr, 0, momentum, one_minus_momentum, 0.0f, nesterov, maximize,
+                             Rounding(state_rounding), seed, 0},
+                            clock, table);
+      },
+      Release());
+  m.def(
+      "muon_step",
+      [](const cuda::Place& place, const cuda::UpdateClock& clock,
+         const cuda::UpdateTable<SgdTensor>& table, int adjustment, int rounding, uint64_t seed) {
+        cuda::muon_step(place, {nullptr, nullptr, 0, 0.0f, Rounding(rounding), seed, 0, nullptr},
+                        Adjustment(adjustment), clock, table);
+      },
+      Release());
+  m.def(
       "accumulate",
       [](const cuda::Place& place, const cuda::RunTable<AccumulateTensor>& table, int rounding,
          uint64_t seed, uintptr_t step) {

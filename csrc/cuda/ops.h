@@ -9,6 +9,7 @@
 #include "dequantize.h"
 #include "linear.h"
 #include "lion.h"
+#include "muon.h"
 #include "quantize.h"
 #include "scaled_mm.h"
 #include "sgd.h"
@@ -94,6 +95,12 @@ void lion(const Place& place, const LionArgs& args, const UpdateClock& clock,
           const UpdateTable<SgdTensor>& table);
 void sgd(const Place& place, const SgdArgs& args, const UpdateClock& clock,
          const UpdateTable<SgdTensor>& table);
+
+// The momentum counts the steps, which the step then takes; the rates are the clock's.
+void muon_momentum(const Place& place, const MuonMomentumArgs& args, const UpdateClock& clock,
+                   const UpdateTable<SgdTensor>& table);
+void muon_step(const Place& place, const MuonStepArgs& args, Adjustment adjustment,
+               const UpdateClock& clock, const UpdateTable<SgdTensor>& table);
 
 // What every kernel of one update knows of one tensor; written on the device before it.
 struct AdafactorState {

@@ -14,7 +14,8 @@ import pybind11
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BODIES = ("accumulate", "activation_grad", "adafactor", "adamw", "bias_grad", "dequantize",
-          "linear_epilogue", "lion", "quantize", "sgd", "square_sums", "transpose_codes", "upload")
+          "linear_epilogue", "lion", "muon", "quantize", "sgd", "square_sums", "transpose_codes",
+          "upload")
 """Kernels of csrc/cuda that need no instruction of a GPU; the products' sums are this folder's."""
 
 FLAGS = [
