@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -71,6 +72,20 @@ def test_speed_of_layers_and_steps() -> None:
     (ratio,) = [v for key, v in ours.items() if key.startswith("step is x times")]
     sizes = [r["resident bytes/param"] for r in (ours, plain)]
     assert f"{ratio:.1f} ×" in row and "{:.1f} against {:.1f} bytes".format(*sizes) in row
+
+
+def test_objective_sets() -> None:
+    row, cells = row_of("objective_sets.json"), measured("objective_sets.json")["cells"]
+    hybrid = ("consistency", "evidence bound", "UDA")
+    said = {"fp32": "fp32", "int8, int8 states": "int8", "bf16, SR": "bf16"}
+    for precision, name in said.items():
+        own = [c for c in cells if c["precision"] == precision]
+        assert len(own) == 18 and all(c["seeds"] == 3 for c in own), precision
+        gains = [c["gain"] for c in own if c["objectives"].endswith(hybrid)]
+        assert len(gains) == 6 and f"{fmean(gains):+.1f} {name}" in row, precision
+        if precision != "fp32":
+            other = [c["minus_fp32"] for c in own]
+            assert f"{name} over fp32 {fmean(other):+.1f}" in row, precision
 
 
 def test_applications() -> None:
