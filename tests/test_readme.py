@@ -88,6 +88,18 @@ def test_objective_sets() -> None:
             assert f"{name} over fp32 {fmean(other):+.1f}" in row, precision
 
 
+def test_low_rank() -> None:
+    (bound,) = re.findall(r"within (\d\.\d) point", row_of("low_rank.json"))
+    means: dict[tuple[str, int], dict[str, float]] = {}
+    rows = measured("low_rank.json")["rows"]
+    for r in rows:
+        own = [other["accuracy"] for other in rows if all(
+            other[key] == r[key] for key in ("method", "rank", "precision"))]
+        assert f"{len(own)} seeds" in row_of("low_rank.json")
+        means.setdefault((r["method"], r["rank"]), {})[r["precision"]] = 100 * fmean(own)
+    assert all(abs(m["int8"] - m["fp32"]) <= float(bound) for m in means.values())
+
+
 def test_applications() -> None:
     row, found = row_of("applications.json"), measured("applications.json")
     losses = [f"{-entry['loss_above_fp32_percent']:.1f} %" for entry in found["comparison"]]
