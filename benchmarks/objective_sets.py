@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.measure import RESULTS, record
 from lowp.hybrid import compare, config, experiment
+from lowp.hybrid.run import RunFolder
 
 STEM = "objective_sets"
 CORPORA = ("docstrings, 160 labels", "SST-2, 100 labels", "SST-2, 1000 labels")
@@ -182,7 +183,7 @@ def write(runs: list[Run], out: Path) -> None:
     for run in runs:
         path = run.folder(out)
         if (path / "config.yaml").exists():
-            summary = compare.finished(compare.RunFolder.open(path))
+            summary = compare.finished(RunFolder.open(path))
             rows += [row(run, summary)] if summary else []
     table = cells(rows)
     record(STEM, rows, cells=table)
