@@ -77,7 +77,8 @@ def test_speed_of_layers_and_steps() -> None:
 def test_objective_sets() -> None:
     row, cells = row_of("objective_sets.json"), measured("objective_sets.json")["cells"]
     hybrid = ("consistency", "evidence bound", "UDA")
-    said = {"fp32": "fp32", "int8, int8 states": "int8", "bf16, SR": "bf16"}
+    said = {"fp32": "fp32", "int8, int8 states": "int8", "bf16, SR": "bf16",
+            "bf16 autocast": "autocast"}
     for precision, name in said.items():
         own = [c for c in cells if c["precision"] == precision]
         assert len(own) == 18 and all(c["seeds"] == 3 for c in own), precision
