@@ -16,7 +16,7 @@ from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear as linear_op
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
-from lowp.ops.product import ACTIVATIONS, cast
+from lowp.ops.product import ACTIVATIONS, cast, is_torchs
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
@@ -78,10 +78,12 @@ def _are_read_together(first: Product, row: Operand, second: Product, column: Op
 
 def _forward(x: Tensor, x_codes: tuple[Tensor, Tensor] | None, w: Tensor, bias: Tensor | None,
              recipe: Recipe, activation: str, noise: _Noise,
-             save_preact: bool) -> tuple[Tensor, Tensor]:
+             save_preact: bool) -> tuple[Tensor, Tensor | None]:
     product = recipe.product("output")
     if not product.is_int8:
         dtype = _compute_dtype(product, x, w)
+        if activation == "none" and is_torchs(x, w, bias, dtype):
+            return nn.functional.linear(x, w, bias), None
         y, preact = linear_op(cast(x, dtype), cast(w, dtype), bias, activation, x.dtype,
                               save_preact)
         return y, preact
@@ -127,7 +129,7 @@ def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,
     return torch.stack(parts).sum(0).to(out), db
 
 
-def _gradients(dy: Tensor, x: Tensor, w: Tensor, preact: Tensor,
+def _gradients(dy: Tensor, x: Tensor, w: Tensor, preact: Tensor | None,
                x_codes: tuple[Tensor, Tensor] | None, bias_dtype: torch.dtype | None,
                needs: tuple[bool, bool, bool], recipe: Recipe, activation: str,
                noise: _Noise) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -151,9 +153,9 @@ class _Second(torch.autograd.Function):
     """The gradients as a function of their own, so that a second derivative exists."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, preact: Tensor,
-                x_codes: tuple[Tensor, Tensor] | None, options: tuple[Any, ...],
-                ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None,
+                preact: Tensor | None, x_codes: tuple[Tensor, Tensor] | None,
+                options: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(dy, x, w, bias)
         ctx.options = options
         needs, recipe, activation, noise = options
@@ -206,17 +208,19 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe,
                 activation: str, seed: int, step: Tensor, tensor: int) -> Tensor:
         noise = _Noise(seed, step, tensor)
-        need_w = ctx.needs_input_grad[1]
-        save_preact = activation != "none" and any(ctx.needs_input_grad[:3])
+        needs = ctx.needs_input_grad
+        save_preact = activation != "none" and any(needs[:3])
         codes: tuple[Tensor, ...] = ()
         x_codes = None
         output, wgrad = recipe.product("output"), recipe.product("grad_weight")
-        if need_w and _are_read_together(output, output.left, wgrad, wgrad.right):
-            x_codes, codes = noise.both_codes(x, output.left.rounding, Role.X_CODES, Role.X_CODES)
-        elif need_w and wgrad.is_int8:
-            codes = noise.transposed_codes(x, wgrad.right, Role.X_CODES)
+        keep_x = needs[1] and not wgrad.is_int8
+        if needs[1] and not keep_x:
+            if _are_read_together(output, output.left, wgrad, wgrad.right):
+                x_codes, codes = noise.both_codes(x, output.left.rounding, Role.X_CODES,
+                                                  Role.X_CODES)
+            else:
+                codes = noise.transposed_codes(x, wgrad.right, Role.X_CODES)
         y, preact = _forward(x, x_codes, w, bias, recipe, activation, noise, save_preact)
-        keep_x = need_w and not wgrad.is_int8
         ctx.save_for_backward(
             x if keep_x else x.new_empty((0, x.shape[1])), w, bias, preact, step, *codes
         )
@@ -266,26 +270,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         TypeError: types that the recipe does not take.
     """
     chosen = recipe_of(recipe)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    if key is None:
+        return _linear(x, weight, bias, activation, chosen, chosen.seed, None, 0)
+    step = None if key.step is None else torch.tensor(key.step, dtype=torch.int64)
+    return _linear(x, weight, bias, activation, chosen, key.seed, step, key.tensor)
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe, seed: int,
+            step: Tensor | None, tensor: int) -> Tensor:
+    """:func:`linear` with its recipe and key taken apart; without a step the clock's is meant."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, w = x.to(dtype), w.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, activation, chosen)
-    seed, tensor = (chosen.seed, 0) if key is None else (key.seed, key.tensor)
-    if key is not None and key.step is not None:
-        step = torch.tensor(key.step, dtype=torch.int64)
-    else:
-        step = clock.on(x.device) if chosen.is_stochastic else clock.step
-    lead = x.shape[:-1]
-    rows = x if len(lead) == 1 else x.reshape(math.prod(lead), x.shape[-1])
+    _check(x, w, bias, activation, recipe)
+    if step is None:
+        step = clock.on(x.device) if recipe.is_stochastic else clock.step
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor
     if torch.is_grad_enabled():
         y = LinearFunction.apply(  # type: ignore[no-untyped-call]
-            rows, weight, bias, chosen, activation, seed, step, tensor)
+            rows, w, bias, recipe, activation, seed, step, tensor)
     else:
         noise = _Noise(seed, step, tensor)
-        y = _forward(rows, None, weight, bias, chosen, activation, noise, False)[0]
-    return y if len(lead) == 1 else y.reshape(*lead, weight.shape[0])
+        y = _forward(rows, None, w, bias, recipe, activation, noise, False)[0]
+    return y if flat else y.reshape(*x.shape[:-1], w.shape[0])
 
 
 def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe) -> None:
@@ -351,8 +362,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``act(input weightᵀ + bias)``, [..., in_features] to [..., out_features]."""
-        key = Key(self.recipe.seed, None, self.noise_id)
-        return linear(input, self.weight, self.bias, self.activation, self.recipe, key=key)
+        recipe = self.recipe
+        return _linear(input, self.weight, self.bias, self.activation, recipe, recipe.seed, None,
+                       self.noise_id)
 
     def extra_repr(self) -> str:
         """As ``nn.Linear``'s, followed by what differs from it."""

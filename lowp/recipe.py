@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -61,6 +61,7 @@ class Product:
         return self.precision == "int8"
 
 
+_PRODUCTS = ("output", "grad_input", "grad_weight")
 _GRADIENT = Operand(rounding="stochastic")
 
 
@@ -75,42 +76,38 @@ class Recipe:
     Attributes:
         output, grad_input, grad_weight: the three products.
         seed: seed of the stochastic roundings.
+        uses_int8: whether any product is quantized; such a layer has no second derivative.
+        is_stochastic: whether any operand is rounded stochastically.
     """
 
     output: Product | str = "fp32"
     grad_input: Product | str = "fp32"
     grad_weight: Product | str = "fp32"
     seed: int = 0
+    uses_int8: bool = field(init=False, repr=False, compare=False)
+    is_stochastic: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("output", "grad_input", "grad_weight"):
-            value = getattr(self, field)
+        for name in _PRODUCTS:
+            value = getattr(self, name)
             if isinstance(value, str):
-                left = Operand() if field == "output" else _GRADIENT
-                object.__setattr__(self, field, Product(value, left))
+                left = Operand() if name == "output" else _GRADIENT
+                object.__setattr__(self, name, Product(value, left))
             elif not isinstance(value, Product):
                 raise TypeError(
-                    f"lowp.Recipe: {field} must be a precision name or a Product, "
+                    f"lowp.Recipe: {name} must be a precision name or a Product, "
                     f"got {type(value).__name__}"
                 )
+        quantized = [p for p in map(self.product, _PRODUCTS) if p.is_int8]
+        roundings = {r for p in quantized for r in (p.left.rounding, p.right.rounding)}
+        object.__setattr__(self, "uses_int8", bool(quantized))
+        object.__setattr__(self, "is_stochastic", "stochastic" in roundings)
 
-    def product(self, field: str) -> Product:
+    def product(self, name: str) -> Product:
         """The product named ``"output"``, ``"grad_input"`` or ``"grad_weight"``."""
-        value = getattr(self, field)
+        value = getattr(self, name)
         assert isinstance(value, Product)
         return value
-
-    @property
-    def uses_int8(self) -> bool:
-        """Whether any product is quantized; such a layer has no second derivative."""
-        return any(self.product(f).is_int8 for f in ("output", "grad_input", "grad_weight"))
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether any operand is rounded stochastically."""
-        products = [self.product(f) for f in ("output", "grad_input", "grad_weight")]
-        return any("stochastic" in (p.left.rounding, p.right.rounding)
-                   for p in products if p.is_int8)
 
     @property
     def name(self) -> str:
@@ -120,8 +117,7 @@ class Recipe:
                 recipe.output, recipe.grad_input, recipe.grad_weight,
             ):
                 return name
-        fields = ("output", "grad_input", "grad_weight")
-        return "/".join(self.product(f).precision for f in fields)
+        return "/".join(self.product(name).precision for name in _PRODUCTS)
 
 
 RECIPES = {

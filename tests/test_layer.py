@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowp
 from lowp.key import clock
+from lowp.ops.library import OPS
 from lowp.ops.product import ACTIVATIONS
 from lowp.recipe import RECIPES
 from tests.tensors import FLOATS, same_bits, strided_forms
@@ -347,3 +348,22 @@ def test_one_reading_gives_the_codes_by_row_and_by_column():
         grads(layer, x, dy)
     both, one = "lowp::quantize_row_col", "lowp::quantize"
     assert mode.seen == [(both, (8, 256)), (one, (192, 256)), (both, (8, 192)), (one, (192, 256))]
+
+
+def test_fp32_forward_is_torchs_unless_a_backend_is_asked_for(monkeypatch):
+    """The call that the op's kernel would make, made without the op; with its bits."""
+    asked = []
+    kernels = OPS["linear"].kernels
+    for name in ("cpu", "reference"):
+        def run(*args, kernel=kernels[name], name=name):
+            asked.append(name)
+            return kernel(*args)
+        monkeypatch.setitem(kernels, name, run)
+    layer, x = lowp.Linear(8, 4), torch.randn(3, 8)
+    y = layer(x)
+    assert not asked
+    with lowp.backend("cpu"):
+        assert torch.equal(layer(x), y)
+    with lowp.backend("reference"):
+        layer(x)
+    assert asked == ["cpu", "reference"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lowp
+from lowp.ops.dequantize import dequantize
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.reference.quantize import round_codes
@@ -43,6 +44,30 @@ def test_shapes_strides_and_threads(isa, threads, granularity, rounding):
 def test_dequantize_every_code(isa, granularity, dtype):
     for op, args in cases.dequantize_calls(granularity, dtype):
         cases.assert_bits(CPU, op, *args)
+
+
+@pytest.mark.parametrize("cols", (4096, 4100))
+def test_outputs_larger_than_caches(isa, cols):
+    """Stores around the caches, and rows that begin at any address, leave the bits of small ones.
+
+    Matrices of fewer bytes than those stores begin at give what to compare with.
+    """
+    x = torch.randn(4200, cols).bfloat16()
+    parts = [x[i : i + 2000].contiguous() for i in range(0, len(x), 2000)]
+    for granularity in ("row", "block"):
+        for rounding in ROUNDINGS:
+            codes, scale = quantize(x, granularity, 100, rounding, 1, STEP, 2, 4, 8)
+            small = [quantize(part, granularity, 100, rounding, 1, STEP, 2, 4, 8 + i * 2000 * cols)
+                     for i, part in enumerate(parts)]
+            assert torch.equal(codes, torch.cat([part for part, _ in small]))
+            assert torch.equal(scale, torch.cat([part for _, part in small]))
+    q, row_scale, turned, col_scale = quantize_row_col(x, "stochastic", 1, STEP, 2, 6, 7, 8)
+    assert torch.equal(q, quantize(x, "row", 0, "stochastic", 1, STEP, 2, 6, 8)[0])
+    assert torch.equal(turned.t(), quantize(x, "column", 0, "stochastic", 1, STEP, 2, 7, 8)[0])
+    for dtype in FLOATS:
+        for granularity, s in (("row", row_scale), ("column", col_scale)):
+            y = dequantize(q, s, granularity, 0, dtype)
+            assert torch.equal(y, (q * s).to(dtype))
 
 
 def test_columns_of_codes_are_the_column_quantization_turned():

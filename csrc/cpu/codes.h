@@ -4,11 +4,15 @@
 // set's translation unit.
 #pragma once
 #include "cpu/floats.h"
+#if defined(__AVX2__)
+#include "cpu/code_vectors.h"
+#endif
 
 namespace lowp {
 namespace LOWP_ISA {
 
 struct Fp32Element {
+  static constexpr bool kIsBf16 = false;
   using Stored = float;
   using Magnitude = uint32_t;
   static float value(Stored x) { return x; }
@@ -16,6 +20,7 @@ struct Fp32Element {
   static uint32_t fp32_bits(Magnitude m) { return m; }
 };
 struct Bf16Element {
+  static constexpr bool kIsBf16 = true;
   using Stored = uint16_t;
   using Magnitude = uint16_t;
   static float value(Stored x) { return bf16_to_float(x); }
@@ -23,6 +28,7 @@ struct Bf16Element {
   static uint32_t fp32_bits(Magnitude m) { return float_bits(bf16_to_float(m)); }
 };
 struct Fp16Element : Bf16Element {
+  static constexpr bool kIsBf16 = false;
   static float value(Stored x) { return fp16_to_float(x); }
   static uint32_t fp32_bits(Magnitude m) { return float_bits(fp16_to_float(m)); }
 };
@@ -43,7 +49,12 @@ static inline void with_element(Float type, const Body& body) {
 template <class Element>
 static inline typename Element::Magnitude amax_of(const typename Element::Stored* x, int64_t n) {
   typename Element::Magnitude amax = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  i = n - n % kVectored;
+  amax = vector_amax(x, i);
+#endif
+  for (; i < n; ++i) {
     const typename Element::Magnitude a = Element::magnitude(x[i]);
     amax = a > amax ? a : amax;
   }
@@ -86,15 +97,30 @@ static inline float scaled(typename Element::Stored x, const float* inv_scale, i
 
 template <class Element, int kStride>
 static inline void codes_rn(const typename Element::Stored* x, const float* inv_scale, int64_t n,
-                            int8_t* __restrict codes) {
-  for (int64_t i = 0; i < n; ++i)
-    codes[i] = inside_rn(scaled<Element, kStride>(x[i], inv_scale, i));
+                            int8_t* __restrict codes, [[maybe_unused]] bool around) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + kVectored <= n; i += kVectored) {
+    put(codes + i, vector_rn<Element::kIsBf16, kStride>(x + i, inv_scale + i * kStride), around);
+  }
+#endif
+  for (; i < n; ++i) codes[i] = inside_rn(scaled<Element, kStride>(x[i], inv_scale, i));
 }
 
 template <class Element, int kStride>
 static inline void codes_sr(const typename Element::Stored* x, const float* inv_scale,
-                            const uint16_t* draws, int64_t n, int8_t* __restrict codes) {
-  for (int64_t i = 0; i < n; ++i) {
+                            const uint16_t* draws, int64_t n, int8_t* __restrict codes,
+                            [[maybe_unused]] bool around) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  const float wide = *inv_scale * 65536.0f;
+  const bool fits = kStride != 0 || wide <= 3.4e38f;
+  for (; fits && i + kVectored <= n; i += kVectored) {
+    const float* const inv = kStride == 0 ? &wide : inv_scale + i;
+    put(codes + i, vector_sr<Element::kIsBf16, kStride>(x + i, inv, draws + i), around);
+  }
+#endif
+  for (; i < n; ++i) {
     codes[i] = inside_sr(scaled<Element, kStride>(x[i], inv_scale, i), draws[i]);
   }
 }

@@ -16,9 +16,11 @@ static inline Words words(uint64_t x) { return _mm512_set1_epi64(static_cast<int
 static inline Words order() { return _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); }
 static inline Words multiply(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 static inline Words upper(Words a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
-static inline Words swapped(Words a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
 static inline Words exclusive_or(Words a, Words b, Words c) {
   return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+static inline Words output(Words p, Words c, Words k) {
+  return _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96);
 }
 static inline void store_pairs(uint64_t* out, Words a, Words b) {
   _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
@@ -30,8 +32,10 @@ static inline Words words(uint64_t x) { return _mm256_set1_epi64x(static_cast<in
 static inline Words order() { return _mm256_set_epi64x(3, 1, 2, 0); }
 static inline Words multiply(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 static inline Words upper(Words a) { return _mm256_srli_epi64(a, 32); }
-static inline Words swapped(Words a) { return _mm256_shuffle_epi32(a, 0xB1); }
 static inline Words exclusive_or(Words a, Words b, Words c) { return a ^ b ^ c; }
+static inline Words output(Words p, Words c, Words k) {
+  return _mm256_shuffle_epi32(p, 0xB1) ^ ((c ^ k) & words(0xFFFFFFFFu));
+}
 static inline void store_pairs(uint64_t* out, Words a, Words b) {
   _mm256_storeu_si256(reinterpret_cast<Words*>(out), _mm256_unpacklo_epi64(a, b));
   _mm256_storeu_si256(reinterpret_cast<Words*>(out + 4), _mm256_unpackhi_epi64(a, b));
@@ -42,8 +46,10 @@ static inline Words words(uint64_t x) { return _mm_set1_epi64x(static_cast<int64
 static inline Words order() { return _mm_set_epi64x(1, 0); }
 static inline Words multiply(Words a, Words b) { return _mm_mul_epu32(a, b); }
 static inline Words upper(Words a) { return _mm_srli_epi64(a, 32); }
-static inline Words swapped(Words a) { return _mm_shuffle_epi32(a, 0xB1); }
 static inline Words exclusive_or(Words a, Words b, Words c) { return a ^ b ^ c; }
+static inline Words output(Words p, Words c, Words k) {
+  return _mm_shuffle_epi32(p, 0xB1) ^ ((c ^ k) & words(0xFFFFFFFFu));
+}
 static inline void store_pairs(uint64_t* out, Words a, Words b) {
   _mm_storeu_si128(reinterpret_cast<Words*>(out), _mm_unpacklo_epi64(a, b));
   _mm_storeu_si128(reinterpret_cast<Words*>(out + 2), _mm_unpackhi_epi64(a, b));
@@ -83,15 +89,15 @@ class Generator {
     }
   }
 
-  void seek(uint64_t first) { groups_ = words(first) + order(); }
+  void seek(uint64_t first) { product_ = multiply(words(first) + order(), words(kPhiloxM0)); }
 
   // A role's draws begin `stride` words behind the last's.
   __attribute__((always_inline)) void next(uint64_t* out, int64_t stride) {
-    const Words m0 = words(kPhiloxM0), m1 = words(kPhiloxM1), low_half = words(0xFFFFFFFFu);
-    const Words a = multiply(groups_, m0);
+    const Words m0 = words(kPhiloxM0), m1 = words(kPhiloxM1);
+    const Words a = product_;
     const Words b = multiply(upper(a) ^ k1_[0], m1);
     const Words c = multiply(upper(b) ^ k0_[1], m0);
-    groups_ += words(kGroups);
+    product_ += words(uint64_t{kGroups} * kPhiloxM0);
 #pragma GCC unroll 4
     for (int i = 0; i < kRoles; ++i) {
       Words p0 = c, p1 = multiply(a ^ second_[i], m1), c1 = p1, c3 = p0;
@@ -108,13 +114,12 @@ class Generator {
       }
       p0 = multiply(c0, m0);
       p1 = multiply(c2, m1);
-      store_pairs(out + i * stride, swapped(p1) ^ ((c1 ^ k0_[kLast]) & low_half),
-                  swapped(p0) ^ ((c3 ^ k1_[kLast]) & low_half));
+      store_pairs(out + i * stride, output(p1, c1, k0_[kLast]), output(p0, c3, k1_[kLast]));
     }
   }
 
  private:
-  Words groups_;
+  Words product_;                                // of the groups and the first round's multiplier
   Words k0_[kPhiloxRounds], k1_[kPhiloxRounds];  // round keys, and what else a round adds
   Words second_[kRoles], third_[kRoles];         // word 2 in rounds 2 and 3
 };

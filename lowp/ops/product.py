@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowp import native
+from lowp.backend import forced
 from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import FLOATS
 
@@ -74,6 +76,25 @@ def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: 
         FLOATS[torch.float32 if bias is None else bias.dtype],
         ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
         preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype],
+    )
+
+
+def is_torchs(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether :func:`multiply` of fp32 ``a`` and ``b`` would only call torch's own product.
+
+    A small product then takes a third of the time without the op around it. Compiled graphs keep
+    the op, which they would have to see through.
+    """
+    return (
+        dtype == torch.float32
+        and a.dtype == dtype
+        and b.dtype == dtype
+        and (bias is None or bias.dtype == dtype)
+        and a.is_cpu
+        and b.is_cpu
+        and not torch.compiler.is_compiling()
+        and not native.cpu_refusal
+        and forced() is None
     )
 
 
