@@ -1,4 +1,5 @@
-// What follows a product's sum: scales, bias, activation, one rounding. Host and device.
+// What follows a product's sum: scales, bias, activation or its gradient, one rounding. Host and
+// device.
 #pragma once
 #include "cuda/vectors.h"
 #include "linear.h"
@@ -27,6 +28,45 @@ LOWP_HD void activate_eight(float* z) {
   for (int i = 0; i < 8; ++i) z[i] = activate<kind>(z[i]);
 }
 
+template <Activation kind>
+LOWP_HD void gradient_eight(float* dz, const float* z) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) dz[i] = activation_gradient<kind>(dz[i], z[i]);
+}
+
+// dz *= the derivative at the elements of preact in the span
+LOWP_HD void multiply_derivative(const Epilogue& e, const Span& s, bool aligned, float* dz) {
+  float z[8];
+  load_floats<8>(e.preact, e.preact_type, s, aligned, z);
+  switch (e.activation) {
+    case Activation::relu:
+      return gradient_eight<Activation::relu>(dz, z);
+    case Activation::gelu:
+      return gradient_eight<Activation::gelu>(dz, z);
+    case Activation::gelu_tanh:
+      return gradient_eight<Activation::gelu_tanh>(dz, z);
+    case Activation::silu:
+      return gradient_eight<Activation::silu>(dz, z);
+    default:
+      return gradient_eight<Activation::none>(dz, z);
+  }
+}
+
+LOWP_HD void activate_all(Activation activation, float* z) {
+  switch (activation) {
+    case Activation::relu:
+      return activate_eight<Activation::relu>(z);
+    case Activation::gelu:
+      return activate_eight<Activation::gelu>(z);
+    case Activation::gelu_tanh:
+      return activate_eight<Activation::gelu_tanh>(z);
+    case Activation::silu:
+      return activate_eight<Activation::silu>(z);
+    default:
+      return activate_eight<Activation::none>(z);
+  }
+}
+
 // Columns n .. n+7 of row m, of which those beyond N are not there; z: their sums, overwritten.
 LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
   const Epilogue& e = f.epilogue;
@@ -47,25 +87,14 @@ LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
     for (int i = 0; i < 8; ++i) z[i] = z[i] + bias[i];
   }
   const Span out{m * f.N + n, columns.from, columns.to};
-  if (e.preact != nullptr) {
-    activate_eight<Activation::none>(z);
-    store_floats<8>(z, nullptr, e.preact_type, out, f.aligned, e.preact);
-  }
-  switch (e.activation) {
-    case Activation::relu:
-      activate_eight<Activation::relu>(z);
-      break;
-    case Activation::gelu:
-      activate_eight<Activation::gelu>(z);
-      break;
-    case Activation::gelu_tanh:
-      activate_eight<Activation::gelu_tanh>(z);
-      break;
-    case Activation::silu:
-      activate_eight<Activation::silu>(z);
-      break;
-    default:
+  if (e.backward) {
+    multiply_derivative(e, out, f.aligned, z);
+  } else {
+    if (e.preact != nullptr) {
       activate_eight<Activation::none>(z);
+      store_floats<8>(z, nullptr, e.preact_type, out, f.aligned, e.preact);
+    }
+    activate_all(e.activation, z);
   }
   store_floats<8>(z, nullptr, e.y_type, out, f.aligned, e.y);
 }
