@@ -1,6 +1,8 @@
 // What follows a product's sum: scales, bias, activation or its gradient, one rounding. Host and
 // device.
 #pragma once
+#include <type_traits>
+
 #include "cuda/vectors.h"
 #include "linear.h"
 #include "numerics/activation.h"
@@ -28,10 +30,20 @@ LOWP_HD void activate_eight(float* z) {
   for (int i = 0; i < 8; ++i) z[i] = activate<kind>(z[i]);
 }
 
+// Half of them at a time, turned through the same registers: beside a product's sums there is no
+// room for what all eight need at once.
 template <Activation kind>
-LOWP_HD void gradient_eight(float* dz, const float* z) {
+LOWP_HD void gradient_eight(float* dz, float* z) {
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) dz[i] = activation_gradient<kind>(dz[i], z[i]);
+    for (int i = 0; i < 4; ++i) {
+      const float done = activation_gradient<kind>(dz[i], z[i]);
+      dz[i] = dz[i + 4];
+      z[i] = z[i + 4];
+      dz[i + 4] = done;
+    }
+  }
 }
 
 // dz *= the derivative at the elements of preact in the span
@@ -68,6 +80,8 @@ LOWP_HD void activate_all(Activation activation, float* z) {
 }
 
 // Columns n .. n+7 of row m, of which those beyond N are not there; z: their sums, overwritten.
+// Sum: what they were summed in; sums of codes have no gradient behind them.
+template <class Sum>
 LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
   const Epilogue& e = f.epilogue;
   const Span columns = span_of<8>(n, 0, f.N);
@@ -87,7 +101,7 @@ LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
     for (int i = 0; i < 8; ++i) z[i] = z[i] + bias[i];
   }
   const Span out{m * f.N + n, columns.from, columns.to};
-  if (e.backward) {
+  if (std::is_same<Sum, float>::value && e.backward) {
     multiply_derivative(e, out, f.aligned, z);
   } else {
     if (e.preact != nullptr) {

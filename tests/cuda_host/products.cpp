@@ -58,7 +58,7 @@ void finish_all(const Finish& f, int64_t M, const Sum& sum) {
       for (int q = 0; q < 4; ++q) {
         float z[8];
         for (int i = 0; i < 8; ++i) z[i] = static_cast<float>(lanes[q][i / 2][i % 2]);
-        finish_eight(f, m, n + 8 * q, z);
+        finish_eight<Value>(f, m, n + 8 * q, z);
       }
     }
   }
@@ -102,12 +102,15 @@ void scaled_mm(const Place&, const ScaledMmArgs& p) {
 
 float fused(float x, float y, float z) { return fmaf(x, y, z); }
 
-// Reciprocals that are `ulps` units in the last place off; exact of a power of two.
+// Reciprocals that are `ulps` units in the last place off; exact of a power of two, and of the
+// largest mantissa, which Markstein's theorem excepts: nvcc's own division, the same sequence,
+// relies on it too.
 struct NearReciprocal {
   int ulps;
   float operator()(float x) const {
-    const bool power_of_two = (float_bits(x) & 0x7FFFFFu) == 0;
-    return bits_float(float_bits(1.0f / x) + static_cast<uint32_t>(power_of_two ? 0 : ulps));
+    const uint32_t mantissa = float_bits(x) & 0x7FFFFFu;
+    const bool is_exact = mantissa == 0 || mantissa == 0x7FFFFFu;
+    return bits_float(float_bits(1.0f / x) + static_cast<uint32_t>(is_exact ? 0 : ulps));
   }
 };
 
