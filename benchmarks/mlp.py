@@ -40,7 +40,7 @@ def test_epilogue(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int) 
     }
     labels = {"op": "linear_dgrad gelu", "dtype": str(dtype), "M": m, "N": n, "K": k}
     work = product(m, k, n, dtype)
-    compare(labels, candidates, "lowp", Work(work.nbytes + z.nbytes, work.operations))
+    compare(labels, candidates, "lowp", Work(work.bytes + z.nbytes, work.operations))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
