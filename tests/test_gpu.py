@@ -58,8 +58,8 @@ def test_tiles_of_every_size(gpu_target: Target, shape):
                             (x.t().contiguous().t(), w.t().contiguous().t())):
             y = gpu_target.run(linear, left, right, None, "none", torch.float32, False)[0]
             assert torch.equal(y, want)
-        preact = torch.randn(m, n).to(dtype)
-        for activation in cases.ALL_ACTIVATIONS[1:]:
+        preact = (torch.randn(m, n) * 30).to(dtype)  # to where the logistic function is subnormal
+        for activation in ("gelu", "silu"):
             dz = gradient(want, preact.float(), activation)
             got = gpu_target.run(linear_dgrad, x, w.t().contiguous(), preact, activation, dtype)
             assert same_bits(got, round_to(dz, dtype, "nearest"))
