@@ -48,8 +48,18 @@ def _linear(dtype: torch.dtype, activation: str, tokens: int = 8192, cols: int =
 def _gradients(dtype: torch.dtype) -> Case:
     def run() -> object:
         dy = torch.empty(8192, FEATURES, dtype=dtype)
-        _run("linear_dgrad", dy, torch.empty(FEATURES, FEATURES, dtype=dtype), dtype)
+        w = torch.empty(FEATURES, FEATURES, dtype=dtype)
+        _run("linear_dgrad", dy, w, None, "none", dtype)
         return _run("linear_wgrad", dy, dy, True, FP32)
+
+    return run
+
+
+def _dgrad(dtype: torch.dtype, activation: str) -> Case:
+    def run() -> object:
+        dy = torch.empty(8192, FEATURES, dtype=dtype)
+        w = torch.empty(FEATURES, FEATURES, dtype=dtype)
+        return _run("linear_dgrad", dy, w, torch.empty_like(dy), activation, dtype)
 
     return run
 
@@ -156,6 +166,8 @@ CASES: dict[str, Case] = {
     "linear none bf16, 300 columns": _linear(BF16, "none", cols=300),
     "linear none fp32": _linear(FP32, "none"),
     "linear gradients bf16": _gradients(BF16),
+    **{f"linear_dgrad {a} bf16": _dgrad(BF16, a) for a in ("relu", "gelu", "gelu_tanh", "silu")},
+    "linear_dgrad gelu fp16": _dgrad(FP16, "gelu"),
     "scaled_mm none bf16": _scaled_mm("none"),
     "scaled_mm gelu bf16": _scaled_mm("gelu"),
     "scaled_mm none bf16, 16 tokens": _scaled_mm("none", 16),
@@ -183,7 +195,7 @@ EVERYWHERE = (
     "quantize column stochastic bf16", "quantize row stochastic bf16, 32768 columns",
     "quantize_row_col stochastic bf16", "dequantize row bf16", "activation_grad gelu bf16",
     "bias_grad bf16", "linear gelu bf16, pre-activation saved", "linear gradients bf16",
-    "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
+    "linear_dgrad gelu bf16", "scaled_mm gelu bf16", "adamw bf16 stochastic, int8 states",
     "sgd bf16 stochastic, int8 states", "lion bf16 stochastic, int8 states",
     "accumulate bf16 stochastic", "square_sums bf16", "adafactor bf16 stochastic",
     "muon bf16 stochastic, int8 states",
@@ -207,7 +219,10 @@ BY_TOKENS: dict[str, Callable[[int], object]] = {
                                            "gelu"),
     "bias_grad": _tokens("bias_grad"),
     "linear": _tokens("linear", _W, None, "none", BF16, False),
-    "linear_dgrad": _tokens("linear_dgrad", _W, BF16),
+    "linear_dgrad": _tokens("linear_dgrad", _W, None, "none", BF16),
+    "linear_dgrad gelu": lambda tokens: _run(
+        "linear_dgrad", torch.empty(tokens, FEATURES, dtype=BF16), _W,
+        torch.empty(tokens, FEATURES, dtype=BF16), "gelu", BF16),
     "linear_wgrad": lambda tokens: _run("linear_wgrad", *[torch.empty(tokens, FEATURES, dtype=BF16)]
                                         * 2, True, BF16),
     "scaled_mm": lambda tokens: _run("scaled_mm", torch.empty(tokens, FEATURES, dtype=torch.int8),

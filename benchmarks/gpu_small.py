@@ -54,7 +54,8 @@ def products() -> None:
         for dtype in DTYPES:
             x, w, dy = (torch.randn(s, device="cuda").to(dtype) for s in ((m, k), (n, k), (m, n)))
             linear(x, w, torch.randn(n, device="cuda"), "gelu", dtype, True)
-            linear_dgrad(dy, w, dtype)
+            linear_dgrad(dy, w, None, "none", dtype)
+            linear_dgrad(dy, w, x, "gelu", dtype)
             linear_wgrad(dy, x, True, torch.float32)
         row, col = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
         for b in (codes(n, k), codes(k, n).t()):

@@ -37,10 +37,11 @@ from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.square_sums import square_sums
+from lowp.reference.activation import derivative
 from tests import update_cases
 from tests.targets import REFERENCE, Target
 from tests.test_matrix_optim_ops import adafactor_case
-from tests.tolerances import product_bound
+from tests.tolerances import gradient_bound, product_bound
 
 ROUNDS, BUFFERS = 30, 4
 SIZE = 8192  # 128 MiB of bf16: beyond the L2 cache
@@ -224,6 +225,15 @@ def product_gate(depth: int) -> bool:
     return bool((error.abs() <= bound).all())
 
 
+def gradient_gate(depth: int) -> bool:
+    dy, w, preact = random(256, depth), random(depth, 384), random(256, 384)
+    factor = derivative(preact.float(), "gelu")
+    bound = gradient_bound(dy, w.t(), factor, BF16)
+    exact = factor.double() * (dy.double() @ w.double())
+    error = linear_dgrad(dy, w, preact, "gelu", BF16).double() - exact
+    return bool((error.abs() <= bound).all())
+
+
 def products() -> Iterator[Case]:
     for m, n, k in ((16, 4096, 4096), (2048, 4096, 1024), (4096, 4096, 4096), (8192, 8192, 8192),
                     (16384, 4096, 4096)):
@@ -238,8 +248,14 @@ def products() -> Iterator[Case]:
                    lambda i, s=sets: linear(*s[i][:2], s[i][3], "gelu", BF16, True),
                    {"F.linear + gelu": lambda i, s=sets: functional.gelu(
                        functional.linear(*s[i][:2], s[i][3]))}, 0, flop, check)
-        yield Case(f"linear_dgrad {label}", lambda i, s=sets: linear_dgrad(s[i][2], s[i][1], BF16),
+        yield Case(f"linear_dgrad {label}",
+                   lambda i, s=sets: linear_dgrad(s[i][2], s[i][1], None, "none", BF16),
                    {"torch": lambda i, s=sets: s[i][2] @ s[i][1]}, 0, flop, check)
+        yield Case(f"linear_dgrad gelu {label}",
+                   lambda i, s=sets: linear_dgrad(s[i][2], s[i][1], s[i][0], "gelu", BF16),
+                   {"torch + gelu_backward": lambda i, s=sets: torch.ops.aten.gelu_backward(
+                       s[i][2] @ s[i][1], s[i][0])}, 0, flop,
+                   functools.partial(gradient_gate, k))
         yield Case(f"linear_wgrad {label}",
                    lambda i, s=sets: linear_wgrad(s[i][2], s[i][0], True, BF16),
                    {"torch": lambda i, s=sets: (s[i][2].t() @ s[i][0], s[i][2].sum(0))}, 0, flop,

@@ -45,11 +45,12 @@ def test_forward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int,
 def test_backward(compare: Compare, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     """dy w, dyᵀ x and the column sums of dy, against the three torch calls."""
     dy, w, x = (t.to(dtype) for t in (torch.randn(m, n), torch.randn(n, k), torch.randn(m, k)))
-    dx = linear_dgrad(dy, w, dtype).double()
+    dx = linear_dgrad(dy, w, None, "none", dtype).double()
     bound = product_bound(dy, w.t(), None, dtype)
     assert ((dx - dy.double() @ w.double()).abs() <= bound).all()
     candidates = {
-        "lowp": lambda: (linear_dgrad(dy, w, dtype), linear_wgrad(dy, x, True, dtype)),
+        "lowp": lambda: (linear_dgrad(dy, w, None, "none", dtype),
+                         linear_wgrad(dy, x, True, dtype)),
         "torch": lambda: (dy @ w, dy.t() @ x, dy.sum(0)),
     }
     labels = {"op": "dgrad + wgrad + bias", "activation": "-", "dtype": str(dtype), "M": m, "N": n,

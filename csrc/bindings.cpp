@@ -54,10 +54,10 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Epilogue>(m, "Epilogue")
       .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
-                       uintptr_t preact, int preact_type) {
+                       uintptr_t preact, int preact_type, bool backward) {
         return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
                         pointer<void>(y),          Float(y_type),    pointer<void>(preact),
-                        Float(preact_type)};
+                        Float(preact_type),        backward};
       }));
 
   m.def(

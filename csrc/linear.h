@@ -13,15 +13,17 @@ struct Operand {
   int64_t row_stride, k_stride;  // elements
 };
 
-// What follows the sum: y = round(activate(sum + bias)), all in fp32.
+// What follows the sum, all in fp32: y = round(activate(sum + bias)), and backward
+// y = round((sum + bias) * the derivative at preact).
 struct Epilogue {
   const void* bias;  // [N] or null
   Float bias_type;
   Activation activation;
   void* y;  // [M, N], contiguous
   Float y_type;
-  void* preact;  // [M, N]: sum + bias before the activation, or null
+  void* preact;  // [M, N]: where sum + bias is stored, or null; backward it is read
   Float preact_type;
+  bool backward;
 };
 
 struct ProductArgs {

@@ -1,4 +1,4 @@
-"""linear_dgrad on GPUs: one product."""
+"""linear_dgrad on GPUs: one product, with the gradient of an activation in its epilogue."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from lowp.kernels.product import Epilogue, product
 from torch import Tensor
 
 
-def linear_dgrad(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
+def linear_dgrad(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str,
+                 out_dtype: torch.dtype) -> Tensor:
     """The op :data:`lowp.ops.linear_dgrad.linear_dgrad`."""
     dx = dy.new_empty((dy.shape[0], w.shape[1]), dtype=out_dtype)
-    product(dy, w.t(), Epilogue(dx))
+    backward = preact is not None
+    preact = None if preact is None else preact.contiguous()
+    product(dy, w.t(), Epilogue(dx, preact, activation=activation, backward=backward))
     return dx

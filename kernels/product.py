@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from lowp.kernels import launch as launches
-from lowp.kernels.activation import activate
+from lowp.kernels.activation import activate, activation_gradient
 from lowp.kernels.launch import EXACT, launch
 from lowp.kernels.numerics import canonical_nan, to_nearest, widen
 from torch import Tensor
@@ -31,8 +31,10 @@ def _tile_of(tile, down, across):
 
 @triton.jit
 def _store(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
-           ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
-    """What follows the sums of a tile: scales, bias, activation, one rounding a store."""
+           ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, ROW_SCALES: tl.constexpr,
+           COL_SCALES: tl.constexpr):
+    """What follows the sums of a tile: scales, bias, activation, one rounding a store; BACKWARD:
+    preact is read, and what follows is the activation's gradient."""
     z = acc.to(tl.float32)
     if row_scale is not None:
         at = row if ROW_SCALES else row * 0
@@ -43,26 +45,31 @@ def _store(acc, row, col, rows, cols, bias, row_scale, col_scale, y, preact,
         z = z + widen(tl.load(bias + col, mask=col < cols, other=0.0))[None, :]
     at = (row * cols)[:, None] + col[None, :]
     mask = (row < rows)[:, None] & (col < cols)[None, :]
-    if preact is not None:
-        tl.store(preact + at, to_nearest(canonical_nan(z), preact.dtype.element_ty), mask=mask)
-    tl.store(y + at, to_nearest(activate(z, ACTIVATION), y.dtype.element_ty), mask=mask)
+    if BACKWARD:
+        z = activation_gradient(z, widen(tl.load(preact + at, mask=mask, other=0.0)), ACTIVATION)
+    else:
+        if preact is not None:
+            tl.store(preact + at, to_nearest(canonical_nan(z), preact.dtype.element_ty), mask=mask)
+        z = activate(z, ACTIVATION)
+    tl.store(y + at, to_nearest(z, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _finish(acc, row, first, rows, cols, bias, row_scale, col_scale, y, preact,
-            ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr):
+            ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, ROW_SCALES: tl.constexpr,
+            COL_SCALES: tl.constexpr):
     """A tile from column ``first`` on, in halves down to 64 columns, as registers have room for."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     if N > 64:
         left, right = tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), [0, 2, 1]))
         _finish(left, row, first, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
-                ROW_SCALES, COL_SCALES)
+                BACKWARD, ROW_SCALES, COL_SCALES)
         _finish(right, row, first + N // 2, rows, cols, bias, row_scale, col_scale, y, preact,
-                ACTIVATION, ROW_SCALES, COL_SCALES)
+                ACTIVATION, BACKWARD, ROW_SCALES, COL_SCALES)
     else:
         _store(acc, row, first + tl.arange(0, N), rows, cols, bias, row_scale, col_scale, y, preact,
-               ACTIVATION, ROW_SCALES, COL_SCALES)
+               ACTIVATION, BACKWARD, ROW_SCALES, COL_SCALES)
 
 
 @triton.jit
@@ -78,7 +85,8 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
              depth: tl.int64, a_stride: tl.int64, b_stride: tl.int64, BM: tl.constexpr,
              BN: tl.constexpr, BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
              A_VECTOR: tl.constexpr, B_VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
-             ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr, INTERPRET: tl.constexpr):
+             BACKWARD: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr,
+             INTERPRET: tl.constexpr):
     """One tile a program. a [rows, depth], or TURNED: stored [depth, rows]; b [cols, depth] alike.
 
     VECTOR: a power of two that divides the contiguous dimension and the stride, up to 16. Said so,
@@ -128,15 +136,15 @@ def _product(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int
     if row_sums is not None and tile_col == 0:
         tl.store(row_sums + row, sums, mask=row < rows)
     _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact, ACTIVATION,
-            ROW_SCALES, COL_SCALES)
+            BACKWARD, ROW_SCALES, COL_SCALES)
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])
 def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.int64,
                 cols: tl.int64, depth: tl.int64, BM: tl.constexpr, BN: tl.constexpr,
                 BK: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
-                ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, COL_SCALES: tl.constexpr,
-                INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
+                ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, ROW_SCALES: tl.constexpr,
+                COL_SCALES: tl.constexpr, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
     """As :func:`_product`, one program a multiprocessor at most, operands by TMA descriptors."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(cols, BN)
     steps = tl.cdiv(depth, BK).to(tl.int32)
@@ -163,7 +171,7 @@ def _persistent(a, b, y, preact, bias, row_scale, col_scale, row_sums, rows: tl.
         if row_sums is not None and tile_col == 0:
             tl.store(row_sums + row, sums, mask=row < rows)
         _finish(acc, row, tile_col * BN, rows, cols, bias, row_scale, col_scale, y, preact,
-                ACTIVATION, ROW_SCALES, COL_SCALES)
+                ACTIVATION, BACKWARD, ROW_SCALES, COL_SCALES)
 
 
 class Tile(NamedTuple):
@@ -219,7 +227,7 @@ def stages(tile: Tile, loaded: int, capability: int) -> int:
 
 
 class Epilogue(NamedTuple):
-    """What follows the sums; ``None`` where there is none."""
+    """What follows the sums; ``None`` where there is none. ``backward``: ``preact`` is read."""
 
     y: Tensor
     preact: Tensor | None = None
@@ -228,6 +236,7 @@ class Epilogue(NamedTuple):
     col_scale: Tensor | None = None
     row_sums: Tensor | None = None
     activation: str = "none"
+    backward: bool = False
 
 
 class Operand(NamedTuple):
@@ -273,11 +282,12 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue) -> None:
     loaded = 16 if by_tma else min(left.vector, right.vector) * itemsize
     tile = choose_tile(rows, cols, itemsize, loaded, capability, processors)
     bk = tile.depth_bytes // itemsize
-    y, preact, bias, row_scale, col_scale, row_sums, activation = epilogue
+    y, preact, bias, row_scale, col_scale, row_sums, activation, backward = epilogue
     pointers = (y, preact, bias, row_scale, col_scale, row_sums, rows, cols, depth)
     constants = dict(
         BM=tile.rows, BN=tile.cols, BK=bk, A_TURNED=left.turned, B_TURNED=right.turned,
-        ACTIVATION=activation, ROW_SCALES=row_scale is not None and row_scale.numel() > 1,
+        ACTIVATION=activation, BACKWARD=backward,
+        ROW_SCALES=row_scale is not None and row_scale.numel() > 1,
         COL_SCALES=col_scale is not None and col_scale.numel() > 1,
         INTERPRET=launches.INTERPRETED, num_warps=tile.warps,
         num_stages=stages(tile, loaded, capability),

@@ -8,6 +8,7 @@ from lowp.key import Key
 from lowp.linear import Linear, linear
 from lowp.low_rank import LowRankLinear, factorize, merge
 from lowp.lstm import LSTM
+from lowp.mlp import MLP, mlp
 from lowp.quantized import Quantized, dequantize, quantize
 from lowp.recipe import Operand, Product, Recipe
 from lowp.report import report
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LSTM",
+    "MLP",
     "Key",
     "Linear",
     "LowRankLinear",
@@ -31,6 +33,7 @@ __all__ = [
     "factorize",
     "linear",
     "merge",
+    "mlp",
     "optim",
     "plan",
     "quantize",

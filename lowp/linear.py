@@ -10,25 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowp import float_products
 from lowp.key import Key, Role, clock, tensor_id
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.bias_grad import bias_grad
-from lowp.ops.linear import linear as linear_op
-from lowp.ops.linear_dgrad import linear_dgrad
-from lowp.ops.linear_wgrad import linear_wgrad
-from lowp.ops.product import ACTIVATIONS, cast, is_torchs
+from lowp.ops.product import ACTIVATIONS
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
-from lowp.recipe import DTYPES, Operand, Product, Recipe, recipe_of
+from lowp.recipe import Operand, Product, Recipe, recipe_of
 from lowp.weight_codes import codes_of_weight
-
-
-def _compute_dtype(product: Product, first: Tensor, second: Tensor) -> torch.dtype:
-    """The type a float product takes its operands in: fp32 means as they come."""
-    if product.precision != "fp32":
-        return DTYPES[product.precision]
-    return first.dtype if first.dtype == second.dtype else torch.float32
 
 
 class _Noise:
@@ -81,12 +72,7 @@ def _forward(x: Tensor, x_codes: tuple[Tensor, Tensor] | None, w: Tensor, bias: 
              save_preact: bool) -> tuple[Tensor, Tensor | None]:
     product = recipe.product("output")
     if not product.is_int8:
-        dtype = _compute_dtype(product, x, w)
-        if activation == "none" and is_torchs(x, w, bias, dtype):
-            return nn.functional.linear(x, w, bias), None
-        y, preact = linear_op(cast(x, dtype), cast(w, dtype), bias, activation, x.dtype,
-                              save_preact)
-        return y, preact
+        return float_products.output(x, w, bias, activation, product, save_preact)
     codes, scale = x_codes or noise.codes(x, product.left, Role.X_CODES)
     w_codes, w_scale = noise.weight_codes(w, product.right, False)
     y, preact = scaled_mm(codes, w_codes, scale, w_scale, bias, activation, x.dtype, save_preact)
@@ -98,12 +84,10 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
     """dx [M, K] = dz [M, N] w [N, K]"""
     product = recipe.product("grad_input")
     if not product.is_int8:
-        dtype = _compute_dtype(product, dz, w)
-        dx: Tensor = linear_dgrad(cast(dz, dtype), cast(w, dtype), out)
-        return dx
+        return float_products.grad_input(dz, w, None, "none", out, product)
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
     w_codes, w_scale = noise.weight_codes(w, product.right, True)
-    dx = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
+    dx: Tensor = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
     return dx
 
 
@@ -113,10 +97,7 @@ def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,
     """dw [N, K] = dzᵀ [N, M] x [M, K], and the bias gradient: the sum of the unquantized dz"""
     product = recipe.product("grad_weight")
     if not product.is_int8:
-        dtype = _compute_dtype(product, dz, x)
-        exact = dz.dtype == dtype
-        dw, db = linear_wgrad(cast(dz, dtype), cast(x, dtype), bias and exact, out)
-        return dw, db if exact or not bias else bias_grad(dz)
+        return float_products.grad_weight(dz, x, bias, out, product)
     codes, scale = dz_codes or noise.transposed_codes(dz, product.left, Role.GRAD_CODES_WGRAD)
     q, q_scale = x_codes or noise.transposed_codes(x, product.right, Role.X_CODES)
     db = bias_grad(dz) if bias else dz.new_empty(0)

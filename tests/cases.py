@@ -21,10 +21,12 @@ from lowp.ops.product import ACTIVATIONS
 from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import scaled_mm
+from lowp.reference import activation as reference_activation
 from lowp.reference.linear import finish
+from lowp.reference.rounding import round_to
 from tests.targets import REFERENCE, Target
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
-from tests.tolerances import product_bound
+from tests.tolerances import gradient_bound, product_bound
 
 STEP = torch.tensor(3)
 EDGES = (1, 3, 7, 8, 15, 16, 17, 33, 129)
@@ -175,6 +177,15 @@ def assert_within(y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -
     assert ((y.double() - exact).abs() <= product_bound(a, b, bias, y.dtype)).all()
 
 
+def assert_gradient_within(dz: Tensor, dy: Tensor, w: Tensor, preact: Tensor,
+                           activation: str) -> None:
+    """``dz`` is ``act'(preact) * (dy w)`` inside the derived bound."""
+    factor = reference_activation.derivative(preact.float().contiguous(), activation)
+    exact = factor.double() * (dy.double() @ w.double())
+    assert dz.shape == exact.shape
+    assert ((dz.double() - exact).abs() <= gradient_bound(dy, w.t(), factor, dz.dtype)).all()
+
+
 def assert_products(target: Target, m: int, n: int, k: int, dtype: torch.dtype,
                     out: torch.dtype) -> None:
     """linear and both its gradients inside the bound."""
@@ -183,7 +194,11 @@ def assert_products(target: Target, m: int, n: int, k: int, dtype: torch.dtype,
     assert y.dtype == out and preact.shape == (0,)
     assert_within(y, x, w, bias)
     assert_within(target.run(linear, x, w, None, "none", out, False)[0], x, w)
-    assert_within(target.run(linear_dgrad, dy, w, out), dy, w.t())
+    assert_within(target.run(linear_dgrad, dy, w, None, "none", out), dy, w.t())
+    for activation in ("relu", "gelu"):
+        dz = target.run(linear_dgrad, dy, w, x, activation, out)
+        assert dz.dtype == out
+        assert_gradient_within(dz, dy, w, x, activation)
     dw, db = target.run(linear_wgrad, dy, x, True, out)
     assert_within(dw, dy.t(), x.t())
     assert db.dtype == torch.float32
@@ -203,6 +218,20 @@ def assert_epilogue(target: Target, dtype: torch.dtype, activation: str, cols: i
             assert same_bits(y, want[0]) and same_bits(preact, want[1])
 
 
+def assert_dgrad_epilogue(target: Target, dtype: torch.dtype, activation: str,
+                          cols: int = 300) -> None:
+    """As :func:`assert_epilogue`, at pre-activations of every kind, those among them at which the
+    logistic function is subnormal."""
+    dy = torch.randint(-3, 4, (70, 40)).to(dtype)
+    w = torch.randint(-3, 4, (40, cols)).to(dtype) / 8
+    kinds = special_values(), -torch.linspace(86, 90, 200), activation_inputs(35 * cols)
+    preact = torch.cat(kinds)[: 70 * cols].view(70, cols).to(dtype)
+    dz = reference_activation.gradient(dy.float() @ w.float(), preact.float(), activation)
+    for out in FLOATS:
+        got = target.run(linear_dgrad, dy, w, preact, activation, out)
+        assert same_bits(got, round_to(dz, out, "nearest"))
+
+
 def assert_strides(target: Target, dtype: torch.dtype, rows: int = 65, depth: int = 129) -> None:
     """Products of tensors of other strides, and of empty ones."""
     for _, x in strided_forms(torch.randn(rows, depth).to(dtype)):
@@ -210,20 +239,25 @@ def assert_strides(target: Target, dtype: torch.dtype, rows: int = 65, depth: in
             if w.shape[1] == x.shape[1]:
                 assert_within(target.run(linear, x, w, None, "none", dtype, False)[0], x, w)
                 dy = torch.randn(w.shape[0], x.shape[0]).to(dtype).t()
-                assert_within(target.run(linear_dgrad, dy, w, dtype), dy, w.t())
+                assert_within(target.run(linear_dgrad, dy, w, None, "none", dtype), dy, w.t())
+                dz = target.run(linear_dgrad, dy, w, x, "silu", dtype)
+                assert_gradient_within(dz, dy, w, x, "silu")
                 assert_within(target.run(linear_wgrad, dy, x, False, dtype)[0], dy.t(), x.t())
     for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
         x, w, dy, bias = matrices(m, n, k, dtype)
         y, preact = target.run(linear, x, w, bias, "none", dtype, True)
         assert torch.equal(y, bias.expand(m, n)) and preact.shape == (m, n)
         dw, db = target.run(linear_wgrad, dy, x, True, dtype)
-        assert target.run(linear_dgrad, dy, w, dtype).shape == (m, k) and dw.shape == (n, k)
+        dx = target.run(linear_dgrad, dy, w, None, "none", dtype)
+        assert dx.shape == (m, k) and dw.shape == (n, k)
+        dz = target.run(linear_dgrad, dy, w, x, "gelu", dtype)
+        assert dz.shape == (m, k) and not dz.any()
         assert not dw.any() or m > 0
         assert db.shape == (n,) and (m > 0 or not db.any())
 
 
 def assert_ieee(target: Target, value: float) -> None:
-    """NaN and Inf go where IEEE sends them."""
+    """NaN and Inf go where IEEE sends them, in the products and in what follows them."""
     for dtype in FLOATS:
         x, w, _, bias = matrices(20, 40, 50, dtype)
         x[3, 7] = value
@@ -233,6 +267,15 @@ def assert_ieee(target: Target, value: float) -> None:
         assert torch.equal(y.isnan(), want.isnan())
         assert torch.equal(y.isposinf(), want.isposinf())
         assert torch.equal(y.isneginf(), want.isneginf())
+        dy, preact = torch.randn(20, 40).to(dtype), torch.randn(20, 50).to(dtype)
+        dy[2, 9] = preact[4, 6] = value
+        dx = dy.float() @ w.float()
+        for activation in ("relu", "gelu"):
+            dz = target.run(linear_dgrad, dy, w, preact, activation, dtype).float()
+            want = reference_activation.gradient(dx, preact.float(), activation)
+            assert torch.equal(dz.isnan(), want.isnan())
+            assert torch.equal(dz.isposinf(), want.isposinf())
+            assert torch.equal(dz.isneginf(), want.isneginf())
 
 
 ALL_ACTIVATIONS = tuple(ACTIVATIONS)

@@ -21,6 +21,11 @@ def model(name: str) -> nn.Module:
     )
 
 
+def block(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(64), lowp.MLP(64, 96, 10, precision=name, name="block"))
+
+
 def run(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     module.zero_grad()
     x = x.detach().requires_grad_()
@@ -29,11 +34,12 @@ def run(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), x.grad, *[p.grad for p in module.parameters()]]
 
 
+@pytest.mark.parametrize("make", (model, block))
 @pytest.mark.parametrize("name", RECIPES)
-def test_gradients_equal_eager(name):
+def test_gradients_equal_eager(name, make):
     """aot_eager runs the traced graph with eager's kernels: even layer norm has the same bits."""
     torch._dynamo.reset()
-    eager = model(name)
+    eager = make(name)
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for step, rows in ((1, 32), (2, 32), (3, 17)):  # the step moves on, a shape changes
         clock.set(step)

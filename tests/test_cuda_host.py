@@ -181,6 +181,8 @@ def test_epilogues(kernels: None) -> None:
         test_scaled_mm.test_epilogue(None, activation)
         for dtype in FLOATS:
             test_linear_op.test_epilogue_is_exact(None, None, dtype, activation)
+            if activation != "none":
+                test_linear_op.test_dgrad_epilogue_is_exact(None, None, dtype, activation)
 
 
 def test_products(kernels: None) -> None:
@@ -222,6 +224,16 @@ def test_inline_division(host: ModuleType) -> None:
         power_of_two = bool((b == 1).all() or (b == 2).all())
         for ulps in (0,) if power_of_two else (-1, 0, 1):  # that reciprocal is exact
             assert host.wrong_divisions(a.data_ptr(), b.data_ptr(), a.numel(), ulps) == 0
+
+
+def test_inline_reciprocal(host: ModuleType) -> None:
+    """The same of the gradients' logistic function, whose result may be subnormal."""
+    beyond = torch.ldexp(1 + torch.rand(1_000_000), torch.tensor([126.0, 127.0])[:, None]).view(-1)
+    powers = torch.ldexp(torch.ones(128), torch.arange(128.0))
+    b = torch.cat([random_bits(2_000_000).abs(), beyond, powers, special_values()])
+    b = b[~(b < 1)].contiguous()
+    for ulps in (-1, 0, 1):
+        assert host.wrong_reciprocals(b.data_ptr(), b.numel(), ulps) == 0
 
 
 def test_wrong_arguments_are_named(kernels: None) -> None:

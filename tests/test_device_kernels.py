@@ -124,6 +124,12 @@ def test_linear_epilogue(target: Target, activation):
         cases.assert_epilogue(target, dtype, activation, 40 if target.interpreted else 300)
 
 
+@pytest.mark.parametrize("activation", cases.ALL_ACTIVATIONS[1:])
+def test_linear_dgrad_epilogue(target: Target, activation):
+    for dtype in FLOATS:
+        cases.assert_dgrad_epilogue(target, dtype, activation, 40 if target.interpreted else 304)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_linear_strides_and_empty(target: Target, dtype):
     cases.assert_strides(target, dtype, *((7, 20) if target.interpreted else (65, 129)))

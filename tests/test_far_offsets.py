@@ -99,8 +99,10 @@ def test_products(gpu_target: Target, rows, depth, cols):
     with lowp.backend(gpu_target.backend):
         got = linear(far, b.cuda(), *options)[0]
         assert same_bits(got[-64:].cpu(), want)
-        got = linear_dgrad(far, b.cuda().t().contiguous(), BF16)
+        got = linear_dgrad(far, b.cuda().t().contiguous(), None, "none", BF16)
         assert same_bits(got[-64:].cpu(), want)
+        got = linear_dgrad(far, b.cuda().t().contiguous(), got, "relu", BF16)
+        assert same_bits(got[-64:].cpu(), want * (want > 0))
 
 
 @pytest.mark.parametrize("turned", (False, True))

@@ -20,11 +20,14 @@ from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear
+from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.muon import muon
 from lowp.ops.quantize import quantize
 from lowp.ops.scaled_mm import scaled_mm
 from lowp.ops.sgd import sgd
 from lowp.ops.square_sums import square_sums
+from lowp.reference.activation import gradient
+from lowp.reference.rounding import round_to
 from tests import cases, update_cases
 from tests import test_captured_steps as training
 from tests.targets import REFERENCE, Target, moved
@@ -55,6 +58,11 @@ def test_tiles_of_every_size(gpu_target: Target, shape):
                             (x.t().contiguous().t(), w.t().contiguous().t())):
             y = gpu_target.run(linear, left, right, None, "none", torch.float32, False)[0]
             assert torch.equal(y, want)
+        preact = (torch.randn(m, n) * 30).to(dtype)  # to where the logistic function is subnormal
+        for activation in ("gelu", "silu"):
+            dz = gradient(want, preact.float(), activation)
+            got = gpu_target.run(linear_dgrad, x, w.t().contiguous(), preact, activation, dtype)
+            assert same_bits(got, round_to(dz, dtype, "nearest"))
 
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))

@@ -28,7 +28,7 @@ from lowp.kernels.numerics import draws, widen  # noqa: E402
 
 from lowp.ops.library import OPS  # noqa: E402
 from lowp.reference.philox import draws as reference_draws  # noqa: E402
-from tests.cases import assert_within, codes, matrices  # noqa: E402
+from tests.cases import assert_gradient_within, assert_within, codes, matrices  # noqa: E402
 from tests.test_matrix_optim_ops import exact_muon_case  # noqa: E402
 from tests.updates import cloned  # noqa: E402
 
@@ -98,11 +98,14 @@ def test_the_persistent_product(monkeypatch, processors):
     products.product(dy.t(), x.t(), products.Epilogue(dw, row_sums=db))
     assert_within(dw, dy.t(), x.t())
     assert_within(db[:, None], dy.t(), torch.ones(1, 200))
+    dz = torch.empty(200, 72)
+    products.product(dy, w.t(), products.Epilogue(dz, x, activation="gelu", backward=True))
+    assert_gradient_within(dz, dy, w, x, "gelu")
     a, b = codes(200, 80), codes(72, 80)
     y = torch.empty(200, 72)
     products.product(a, b, products.Epilogue(y, row_scale=torch.ones(1), col_scale=torch.ones(1)))
     assert torch.equal(y, a.float() @ b.float().t())
-    assert [kernel.fn.__name__ for kernel in started] == ["_persistent"] * 3
+    assert [kernel.fn.__name__ for kernel in started] == ["_persistent"] * 4
 
 
 def test_tensors_on_two_devices_are_refused():

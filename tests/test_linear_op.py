@@ -15,7 +15,7 @@ from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
 from tests import cases
-from tests.cases import assert_within, matrices
+from tests.cases import assert_gradient_within, assert_within, matrices
 from tests.targets import CPU
 from tests.tensors import FLOATS, same_bits
 
@@ -58,6 +58,12 @@ def test_epilogue_is_exact(product_isa, kernel, dtype, activation):
     cases.assert_epilogue(CPU, dtype, activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dgrad_epilogue_is_exact(product_isa, kernel, dtype, activation):
+    cases.assert_dgrad_epilogue(CPU, dtype, activation)
+
+
 def test_threads_do_not_change_bits(product_isa, kernel):
     results = []
     before = torch.get_num_threads()
@@ -66,8 +72,9 @@ def test_threads_do_not_change_bits(product_isa, kernel):
         torch.manual_seed(0)
         x, w, dy, bias = matrices(333, 290, 500, torch.float16)
         half = torch.float16
-        results.append([*linear(x, w, bias, "gelu", half, True), linear_dgrad(dy, w, half),
-                        *linear_wgrad(dy, x, True, half)])
+        results.append([*linear(x, w, bias, "gelu", half, True),
+                        linear_dgrad(dy, w, None, "none", half),
+                        linear_dgrad(dy, w, x, "gelu", half), *linear_wgrad(dy, x, True, half)])
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(same_bits, results[0], other))
@@ -91,7 +98,7 @@ def test_overflow_is_infinite():
 
 
 def test_errors():
-    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    x, w, dy = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
     cases = [
         (ValueError, r"linear: expected x \[M, K\] and w \[N, K\], got \(3, 4\) and \(4, 5\)",
          lambda: linear(x, w.t(), None, "none", torch.float32, False)),
@@ -108,7 +115,17 @@ def test_errors():
         (ValueError, r"x must be a matrix, got shape \(4,\)",
          lambda: linear(x[0], w, None, "none", torch.float32, False)),
         (ValueError, r"linear_dgrad: expected dy \[M, N\] and w \[N, K\]",
-         lambda: linear_dgrad(x, w, torch.float32)),
+         lambda: linear_dgrad(x, w, None, "none", torch.float32)),
+        (ValueError, r"linear_dgrad: preact must be None .* got None with 'gelu'",
+         lambda: linear_dgrad(dy, w, None, "gelu", torch.float32)),
+        (ValueError, r"linear_dgrad: preact must be None .* got a tensor with 'none'",
+         lambda: linear_dgrad(dy, w, x, "none", torch.float32)),
+        (ValueError, r"linear_dgrad: preact must have shape \(3, 4\), got \(3, 5\)",
+         lambda: linear_dgrad(dy, w, dy, "relu", torch.float32)),
+        (TypeError, "linear_dgrad: dy and preact must be of one type, got .*32 and torch.bfloat16",
+         lambda: linear_dgrad(dy, w, x.bfloat16(), "relu", torch.float32)),
+        (ValueError, "linear_dgrad: activation must be one of none, relu, .*got 'tanh'",
+         lambda: linear_dgrad(dy, w, x, "tanh", torch.float32)),
         (ValueError, r"linear_wgrad: expected dy \[M, N\] and x \[M, K\]",
          lambda: linear_wgrad(x, w, True, torch.float32)),
     ]
@@ -126,12 +143,16 @@ def test_opcheck(dtype):
                                   (a, w, bias, activation, dtype, activation != "none"))
         torch.library.opcheck(torch.ops.lowp.linear_wgrad.default,
                               (dy[: a.shape[0]], a, True, torch.float32))
-    torch.library.opcheck(torch.ops.lowp.linear_dgrad.default, (dy, w, dtype))
+    for preact, activation in ((None, "none"), (x, "gelu"), (x.t().contiguous().t(), "silu")):
+        torch.library.opcheck(torch.ops.lowp.linear_dgrad.default,
+                              (dy, w, preact, activation, dtype))
 
 
 def test_reference_backend_agrees():
     x, w, dy, bias = matrices(9, 8, 7, torch.bfloat16)
     with lowp.backend("reference"):
         assert_within(linear(x, w, bias, "none", torch.bfloat16, False)[0], x, w, bias)
-        assert_within(linear_dgrad(dy, w, torch.bfloat16), dy, w.t())
+        assert_within(linear_dgrad(dy, w, None, "none", torch.bfloat16), dy, w.t())
+        dz = linear_dgrad(dy, w, x, "gelu", torch.bfloat16)
+        assert_gradient_within(dz, dy, w, x, "gelu")
         assert_within(linear_wgrad(dy, x, True, torch.bfloat16)[0], dy.t(), x.t())

@@ -20,8 +20,8 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - _MANTISSA[dtype])
 
 
-def product_bound(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Largest error of ``a bᵀ + bias`` (a [M, K], b [N, K]) with fp32 sums and one rounding.
+def _exact_and_sums(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``a bᵀ + bias`` in fp64, and the largest error of its fp32 sums.
 
     Any order of K products and a bias adds K + 1 roundings, each of at most 2^-24 of a partial sum,
     and no partial sum exceeds Σ|a||b| + |bias| (Higham, "Accuracy and stability of numerical
@@ -32,8 +32,27 @@ def product_bound(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dt
     exact = a.double() @ b.double().t()
     if bias is not None:
         magnitude, exact = magnitude + bias.double().abs(), exact + bias.double()
-    sums = (depth + 1) * (1 + depth * UNIT) * UNIT * magnitude + depth * 2.0**-126
+    return exact, (depth + 1) * (1 + depth * UNIT) * UNIT * magnitude + depth * 2.0**-126
+
+
+def product_bound(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Largest error of ``a bᵀ + bias`` (a [M, K], b [N, K]) with fp32 sums and one rounding."""
+    exact, sums = _exact_and_sums(a, b, bias)
     return sums + 0.5 * ulp(exact.abs() + sums, out_dtype)
+
+
+def gradient_bound(a: Tensor, b: Tensor, factor: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Largest error of ``factor * (a bᵀ)`` with fp32 sums, an fp32 product and one rounding.
+
+    factor [M, N], fp32: the derivative as the contract defines it, bit for bit. It multiplies the
+    error of the sums; their product is rounded to fp32, by half an ulp of its largest value, and
+    the rounding of that to ``out_dtype`` adds half an ulp of what was rounded.
+    """
+    exact, sums = _exact_and_sums(a, b, None)
+    scaled = sums * factor.double().abs()
+    largest = (exact * factor.double()).abs() + scaled
+    rounded = 0.5 * ulp(largest, torch.float32)
+    return scaled + rounded + 0.5 * ulp(largest + rounded, out_dtype)
 
 
 EXP_ULP = 3.0

@@ -1,5 +1,5 @@
-// Rows of fp32 sums -> bias, activation, one rounding. Included in every product's translation
-// unit.
+// Rows of fp32 sums -> bias, activation or its gradient, one rounding. Included in every product's
+// translation unit.
 #pragma once
 #include "cpu/floats.h"
 #include "linear.h"
@@ -12,28 +12,55 @@ static inline void activate_run(float* z, int n) {
   for (int j = 0; j < n; ++j) z[j] = activate<kind>(z[j]);
 }
 
+template <Activation kind>
+static inline void gradient_run(float* dz, const float* z, int n) {
+  for (int j = 0; j < n; ++j) dz[j] = activation_gradient<kind>(dz[j], z[j]);
+}
+
+// dz[n] *= the derivative at elements begin .. begin+n-1 of preact
+static inline void multiply_derivative(float* dz, int n, const Epilogue& e, int64_t begin) {
+  float z[kRun];
+  load_floats(e.preact, e.preact_type, begin, n, z);
+  switch (e.activation) {
+    case Activation::relu:
+      return gradient_run<Activation::relu>(dz, z, n);
+    case Activation::gelu:
+      return gradient_run<Activation::gelu>(dz, z, n);
+    case Activation::gelu_tanh:
+      return gradient_run<Activation::gelu_tanh>(dz, z, n);
+    case Activation::silu:
+      return gradient_run<Activation::silu>(dz, z, n);
+    default:
+      return gradient_run<Activation::none>(dz, z, n);
+  }
+}
+
+static inline void activate_all(float* z, int n, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return activate_run<Activation::relu>(z, n);
+    case Activation::gelu:
+      return activate_run<Activation::gelu>(z, n);
+    case Activation::gelu_tanh:
+      return activate_run<Activation::gelu_tanh>(z, n);
+    case Activation::silu:
+      return activate_run<Activation::silu>(z, n);
+    default:
+      return activate_run<Activation::none>(z, n);
+  }
+}
+
 // z[n], n <= kRun: the sums with their bias added, of elements begin .. begin+n-1 of y;
 // overwritten.
 static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin) {
-  if (e.preact != nullptr) {
-    activate_run<Activation::none>(z, n);
-    store_floats(z, n, e.preact_type, e.preact, begin);
-  }
-  switch (e.activation) {
-    case Activation::relu:
-      activate_run<Activation::relu>(z, n);
-      break;
-    case Activation::gelu:
-      activate_run<Activation::gelu>(z, n);
-      break;
-    case Activation::gelu_tanh:
-      activate_run<Activation::gelu_tanh>(z, n);
-      break;
-    case Activation::silu:
-      activate_run<Activation::silu>(z, n);
-      break;
-    default:
+  if (e.backward) {
+    multiply_derivative(z, n, e, begin);
+  } else {
+    if (e.preact != nullptr) {
       activate_run<Activation::none>(z, n);
+      store_floats(z, n, e.preact_type, e.preact, begin);
+    }
+    activate_all(z, n, e.activation);
   }
   store_floats(z, n, e.y_type, e.y, begin);
 }

@@ -63,10 +63,10 @@ void define_types(py::module_& m) {
       }));
   py::class_<Epilogue>(m, "Epilogue", py::module_local())
       .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
-                       uintptr_t preact, int preact_type) {
+                       uintptr_t preact, int preact_type, bool backward) {
         return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
                         pointer<void>(y),          Float(y_type),    pointer<void>(preact),
-                        Float(preact_type)};
+                        Float(preact_type),        backward};
       }));
   py::class_<cuda::UpdateClock>(m, "UpdateClock", py::module_local())
       .def(py::init([](double lr, uintptr_t lr_pointer, double weight_decay, double beta1,

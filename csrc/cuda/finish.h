@@ -1,5 +1,8 @@
-// What follows a product's sum: scales, bias, activation, one rounding. Host and device.
+// What follows a product's sum: scales, bias, activation or its gradient, one rounding. Host and
+// device.
 #pragma once
+#include <type_traits>
+
 #include "cuda/vectors.h"
 #include "linear.h"
 #include "numerics/activation.h"
@@ -27,7 +30,58 @@ LOWP_HD void activate_eight(float* z) {
   for (int i = 0; i < 8; ++i) z[i] = activate<kind>(z[i]);
 }
 
+// Half of them at a time, turned through the same registers: beside a product's sums there is no
+// room for what all eight need at once.
+template <Activation kind>
+LOWP_HD void gradient_eight(float* dz, float* z) {
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float done = activation_gradient<kind>(dz[i], z[i]);
+      dz[i] = dz[i + 4];
+      z[i] = z[i + 4];
+      dz[i + 4] = done;
+    }
+  }
+}
+
+// dz *= the derivative at the elements of preact in the span
+LOWP_HD void multiply_derivative(const Epilogue& e, const Span& s, bool aligned, float* dz) {
+  float z[8];
+  load_floats<8>(e.preact, e.preact_type, s, aligned, z);
+  switch (e.activation) {
+    case Activation::relu:
+      return gradient_eight<Activation::relu>(dz, z);
+    case Activation::gelu:
+      return gradient_eight<Activation::gelu>(dz, z);
+    case Activation::gelu_tanh:
+      return gradient_eight<Activation::gelu_tanh>(dz, z);
+    case Activation::silu:
+      return gradient_eight<Activation::silu>(dz, z);
+    default:
+      return gradient_eight<Activation::none>(dz, z);
+  }
+}
+
+LOWP_HD void activate_all(Activation activation, float* z) {
+  switch (activation) {
+    case Activation::relu:
+      return activate_eight<Activation::relu>(z);
+    case Activation::gelu:
+      return activate_eight<Activation::gelu>(z);
+    case Activation::gelu_tanh:
+      return activate_eight<Activation::gelu_tanh>(z);
+    case Activation::silu:
+      return activate_eight<Activation::silu>(z);
+    default:
+      return activate_eight<Activation::none>(z);
+  }
+}
+
 // Columns n .. n+7 of row m, of which those beyond N are not there; z: their sums, overwritten.
+// Sum: what they were summed in; sums of codes have no gradient behind them.
+template <class Sum>
 LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
   const Epilogue& e = f.epilogue;
   const Span columns = span_of<8>(n, 0, f.N);
@@ -47,25 +101,14 @@ LOWP_HD void finish_eight(const Finish& f, int64_t m, int64_t n, float* z) {
     for (int i = 0; i < 8; ++i) z[i] = z[i] + bias[i];
   }
   const Span out{m * f.N + n, columns.from, columns.to};
-  if (e.preact != nullptr) {
-    activate_eight<Activation::none>(z);
-    store_floats<8>(z, nullptr, e.preact_type, out, f.aligned, e.preact);
-  }
-  switch (e.activation) {
-    case Activation::relu:
-      activate_eight<Activation::relu>(z);
-      break;
-    case Activation::gelu:
-      activate_eight<Activation::gelu>(z);
-      break;
-    case Activation::gelu_tanh:
-      activate_eight<Activation::gelu_tanh>(z);
-      break;
-    case Activation::silu:
-      activate_eight<Activation::silu>(z);
-      break;
-    default:
+  if (std::is_same<Sum, float>::value && e.backward) {
+    multiply_derivative(e, out, f.aligned, z);
+  } else {
+    if (e.preact != nullptr) {
       activate_eight<Activation::none>(z);
+      store_floats<8>(z, nullptr, e.preact_type, out, f.aligned, e.preact);
+    }
+    activate_all(e.activation, z);
   }
   store_floats<8>(z, nullptr, e.y_type, out, f.aligned, e.y);
 }

@@ -26,7 +26,7 @@ struct EpilogueBody {
   }
   static LOWP_HD_MEMBER void store(const Args& a, int64_t group, int, Lane& mine) {
     const Quotient q = divide_index(group, a.per_row);
-    finish_eight(a.finish, q.quotient, q.remainder * 8, mine.z);
+    finish_eight<float>(a.finish, q.quotient, q.remainder * 8, mine.z);
   }
 };
 

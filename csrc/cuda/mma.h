@@ -224,7 +224,9 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < 8; ++i) z[i] = static_cast<float>(pairs[i / 2][i % 2]);
     const int64_t m = m0 + warp_m + c / 2 * 16 + c % 2 * 8 + lane / 4;
-    if (m < args.a.rows) finish_eight(args.finish, m, n0 + warp_n + lane % 4 * 8, z);
+    if (m < args.a.rows) {
+      finish_eight<typename Mma::Sum>(args.finish, m, n0 + warp_n + lane % 4 * 8, z);
+    }
   }
 }
 

@@ -102,7 +102,9 @@ class FinishEpilogue {
       const auto in_atom = make_coord(0, get<0>(at), get<1>(at));
       const auto place = places(make_coord(in_atom, get<2>(at), get<3>(at)));
       const int64_t m = m0 + get<0>(place);
-      if (m < get<0>(problem)) finish_eight(params_, m, n0 + get<1>(place) + 6 * q, z);
+      if (m < get<0>(problem)) {
+        finish_eight<typename Engine::value_type>(params_, m, n0 + get<1>(place) + 6 * q, z);
+      }
     }
   }
 

@@ -33,7 +33,7 @@ LOWP_HD float exp_fp32(float x) {
   return x != x ? x : both;
 }
 
-LOWP_HD float sigmoid_fp32(float x) { return 1.0f / (1.0f + exp_fp32(-x)); }
+LOWP_HD float sigmoid_fp32(float x) { return reciprocal(1.0f + exp_fp32(-x)); }
 
 // 2 u(x) of gelu_tanh: sqrt(8/pi) (x + 0.044715 x^3)
 LOWP_HD float gelu_tanh_argument(float x) { return 1.59576912f * (x + 0.044715f * (x * x * x)); }

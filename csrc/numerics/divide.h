@@ -31,20 +31,42 @@ LOWP_HD float divide_inline(float a, float b, const Fma& fma, const Reciprocal& 
   return b != b ? b : q;
 }
 
+// 1 / b for b >= 1 (Inf and NaN too), correctly rounded where it is subnormal as well: there
+// divide_inline rounds twice, and what is left of 1 tells which way it went wrong.
+template <class Fma, class Reciprocal>
+LOWP_HD float reciprocal_inline(float b, const Fma& fma, const Reciprocal& reciprocal) {
+  constexpr float kDown = 5.42101086e-20f, kUp = 1.8446744e19f;  // 2^-64 and 2^64
+  constexpr float kHalf = 1.29246971e-26f;  // 2^-86: half of the least subnormal, times 2^64
+  const float q = divide_inline(1.0f, b, fma, reciprocal);
+  const float d = b * kDown, least = bits_float(1u);
+  const float left = fma(-d, q * kUp, 1.0f);
+  const float low = left < d * -kHalf ? q - least : q;
+  const float near = left > d * kHalf ? q + least : low;
+  return b > 8.50705917e37f ? near : q;  // 2^126
+}
+
 // Warp groups that multiply must not call functions, or the compiler lets no two of their products
 // overlap; their translation units define LOWP_INLINE_DIVISION.
-LOWP_HD float divide(float a, float b) {
 #if defined(LOWP_INLINE_DIVISION) && defined(__CUDA_ARCH__)
-  return divide_inline(
-      a, b, [](float x, float y, float z) { return __fmaf_rn(x, y, z); },
-      [](float x) {
-        float y;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-      });
-#else
-  return a / b;
-#endif
+struct DeviceFma {
+  __device__ __forceinline__ float operator()(float x, float y, float z) const {
+    return __fmaf_rn(x, y, z);
+  }
+};
+struct DeviceReciprocal {
+  __device__ __forceinline__ float operator()(float x) const {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+};
+LOWP_HD float divide(float a, float b) {
+  return divide_inline(a, b, DeviceFma(), DeviceReciprocal());
 }
+LOWP_HD float reciprocal(float b) { return reciprocal_inline(b, DeviceFma(), DeviceReciprocal()); }
+#else
+LOWP_HD float divide(float a, float b) { return a / b; }
+LOWP_HD float reciprocal(float b) { return 1.0f / b; }
+#endif
 
 }  // namespace lowp

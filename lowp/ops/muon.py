@@ -146,9 +146,10 @@ def orthogonalize(xs: list[Tensor], coefficients: Sequence[float], eps: float,
         z = z.t() if is_tall else z
         for _ in range(steps if z.numel() else 0):
             gram = linear(z, z, None, "none", torch.bfloat16, False)[0]
-            square = linear_dgrad(gram, gram, torch.float32)
+            square = linear_dgrad(gram, gram, None, "none", torch.float32)
             polynomial = gram.float().mul_(b).add_(square.mul_(c)).bfloat16()
-            z = z.float().mul_(a).add_(linear_dgrad(polynomial, z, torch.float32)).bfloat16()
+            higher = linear_dgrad(polynomial, z, None, "none", torch.float32)
+            z = z.float().mul_(a).add_(higher).bfloat16()
         xs[i] = (z.t() if is_tall else z).contiguous()
 
 

@@ -69,13 +69,16 @@ def _operand(extension: ModuleType, x: Tensor) -> tuple[Any, Tensor]:
 
 
 def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: Tensor,
-                preact: Tensor) -> Any:
-    """The kernel's view of what follows a sum; an empty ``preact`` is not written."""
+                preact: Tensor, backward: bool = False) -> Any:
+    """The kernel's view of what follows a sum; an empty ``preact`` is not written.
+
+    ``backward``: ``preact`` is read, and what follows is the activation's gradient.
+    """
     return extension.Epilogue(
         0 if bias is None else bias.data_ptr(),
         FLOATS[torch.float32 if bias is None else bias.dtype],
         ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
-        preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype],
+        preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype], backward,
     )
 
 
@@ -125,11 +128,21 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
     )
 
 
+def _preact(a: Tensor, cols: int, save: bool, derivative_at: Tensor | None) -> Tensor:
+    """What the epilogue reads or writes beside the result; empty where that is nothing."""
+    if derivative_at is not None:
+        return derivative_at.contiguous()
+    return a.new_empty((a.shape[0], cols) if save else 0)
+
+
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
-             save_preact: bool) -> tuple[Tensor, Tensor]:
-    """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation (empty unless saved)."""
+             save_preact: bool, derivative_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation (empty unless saved).
+
+    With ``derivative_at`` [M, N] it is ``act'(derivative_at) * (a bᵀ)``.
+    """
     (rows, depth), cols = a.shape, b.shape[0]
-    preact = a.new_empty((rows, cols) if save_preact else 0)
+    preact, backward = _preact(a, cols, save_preact, derivative_at), derivative_at is not None
     extension, threads = cpu_extension(), torch.get_num_threads()
     if _library_serves(a, bias, activation, out_dtype, save_preact):
         z = functional.linear(a, b, None if bias is None else cast(bias, a.dtype))
@@ -137,18 +150,20 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
-                                  epilogue_of(extension, None, activation, y, preact), threads)
+                                  epilogue_of(extension, None, activation, y, preact, backward),
+                                  threads)
         return y, preact
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
     (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
     extension.product(left, right, rows, cols, depth,
-                      epilogue_of(extension, bias, activation, y, preact), threads)
+                      epilogue_of(extension, bias, activation, y, preact, backward), threads)
     return y, preact
 
 
 def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
-                  out_dtype: torch.dtype, save_preact: bool) -> tuple[Tensor, Tensor]:
+                  out_dtype: torch.dtype, save_preact: bool,
+                  derivative_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`multiply` by the CUDA kernels.
 
     fp32 is torch's product, since tensor cores have no fp32 one; it is the user's own switch
@@ -156,15 +171,15 @@ def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
     """
     (rows, depth), cols = a.shape, b.shape[0]
     extension, place = cuda_extension(), cuda_place(a)
-    preact = a.new_empty((rows, cols) if save_preact else 0)
+    preact, backward = _preact(a, cols, save_preact, derivative_at), derivative_at is not None
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
     if a.dtype == torch.float32:
         z = functional.linear(a, b)
         extension.linear_epilogue(place, z.data_ptr(), rows, cols,
-                                  epilogue_of(extension, bias, activation, y, preact))
+                                  epilogue_of(extension, bias, activation, y, preact, backward))
         return y, preact
     (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
     extension.product(place, left, right, rows, cols, depth,
-                      epilogue_of(extension, bias, activation, y, preact))
+                      epilogue_of(extension, bias, activation, y, preact, backward))
     return y, preact

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowp.reference.activation import activate
+from lowp.reference.activation import activate, gradient
 from lowp.reference.bias_grad import bias_grad
 from lowp.reference.rounding import round_to
 
@@ -29,9 +29,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype
     return y, preact.to(x.dtype)
 
 
-def linear_dgrad(dy: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``dy w`` of dy [M, N], w [N, K]."""
-    return round_to(dy.float() @ w.float(), out_dtype, "nearest")
+def linear_dgrad(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str,
+                 out_dtype: torch.dtype) -> Tensor:
+    """``act'(preact) * (dy w)`` of dy [M, N], w [N, K], preact [M, K] (``None``: no factor)."""
+    dx = dy.float() @ w.float()
+    if preact is not None:
+        dx = gradient(dx, preact.float(), activation)
+    return round_to(dx, out_dtype, "nearest")
 
 
 def linear_wgrad(dy: Tensor, x: Tensor, bias: bool,

@@ -29,9 +29,10 @@ def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], eps: floa
     z = z.t() if x.shape[0] > x.shape[1] else z
     for _ in range(steps):
         gram = linear.linear(z, z, None, "none", torch.bfloat16, False)[0]
-        square = linear.linear_dgrad(gram, gram, torch.float32)
+        square = linear.linear_dgrad(gram, gram, None, "none", torch.float32)
         polynomial = (gram.float() * b + square * c).bfloat16()
-        z = (z.float() * a + linear.linear_dgrad(polynomial, z, torch.float32)).bfloat16()
+        higher = linear.linear_dgrad(polynomial, z, None, "none", torch.float32)
+        z = (z.float() * a + higher).bfloat16()
     return z.t() if x.shape[0] > x.shape[1] else z
 
 

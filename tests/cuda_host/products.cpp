@@ -58,7 +58,7 @@ void finish_all(const Finish& f, int64_t M, const Sum& sum) {
       for (int q = 0; q < 4; ++q) {
         float z[8];
         for (int i = 0; i < 8; ++i) z[i] = static_cast<float>(lanes[q][i / 2][i % 2]);
-        finish_eight(f, m, n + 8 * q, z);
+        finish_eight<Value>(f, m, n + 8 * q, z);
       }
     }
   }
@@ -100,16 +100,39 @@ void scaled_mm(const Place&, const ScaledMmArgs& p) {
   });
 }
 
-// divide_inline of pairs, from reciprocals that are `ulps` units in the last place off.
+float fused(float x, float y, float z) { return fmaf(x, y, z); }
+
+// Reciprocals that are `ulps` units in the last place off; exact of a power of two, and of the
+// largest mantissa, which Markstein's theorem excepts: nvcc's own division, the same sequence,
+// relies on it too.
+struct NearReciprocal {
+  int ulps;
+  float operator()(float x) const {
+    const uint32_t mantissa = float_bits(x) & 0x7FFFFFu;
+    const bool is_exact = mantissa == 0 || mantissa == 0x7FFFFFu;
+    return bits_float(float_bits(1.0f / x) + static_cast<uint32_t>(is_exact ? 0 : ulps));
+  }
+};
+
+bool same_or_nan(float got, float want) {
+  return float_bits(got) == float_bits(want) || (got != got && want != want);
+}
+
+// divide_inline of pairs.
 int64_t wrong_divisions(const std::vector<float>& a, const std::vector<float>& b, int ulps) {
   int64_t wrong = 0;
   for (size_t i = 0; i < a.size(); ++i) {
-    const float got = divide_inline(
-        a[i], b[i], [](float x, float y, float z) { return fmaf(x, y, z); },
-        [&](float x) { return bits_float(float_bits(1.0f / x) + static_cast<uint32_t>(ulps)); });
-    const float want = a[i] / b[i];
-    const bool same = float_bits(got) == float_bits(want) || (got != got && want != want);
-    wrong += same ? 0 : 1;
+    const float got = divide_inline(a[i], b[i], fused, NearReciprocal{ulps});
+    wrong += same_or_nan(got, a[i] / b[i]) ? 0 : 1;
+  }
+  return wrong;
+}
+
+int64_t wrong_reciprocals(const std::vector<float>& b, int ulps) {
+  int64_t wrong = 0;
+  for (float value : b) {
+    const float got = reciprocal_inline(value, fused, NearReciprocal{ulps});
+    wrong += same_or_nan(got, 1.0f / value) ? 0 : 1;
   }
   return wrong;
 }
@@ -119,6 +142,10 @@ void define_host(pybind11::module_& m) {
   m.def("wrong_divisions", [](uintptr_t a, uintptr_t b, int64_t n, int ulps) {
     const float *x = reinterpret_cast<const float*>(a), *y = reinterpret_cast<const float*>(b);
     return wrong_divisions({x, x + n}, {y, y + n}, ulps);
+  });
+  m.def("wrong_reciprocals", [](uintptr_t b, int64_t n, int ulps) {
+    const float* x = reinterpret_cast<const float*>(b);
+    return wrong_reciprocals({x, x + n}, ulps);
   });
 }
 
