@@ -242,8 +242,9 @@ def products() -> Iterator[Case]:
                    {"torch": lambda i, s=sets: s[i][2] @ s[i][1]}, 0, flop, check)
         yield Case(f"linear_wgrad {label}",
                    lambda i, s=sets: linear_wgrad(s[i][2], s[i][0], True, BF16),
-                   {"torch": lambda i, s=sets: (s[i][2].t() @ s[i][0], s[i][2].sum(0))}, 0, flop,
-                   check)
+                   {"torch": lambda i, s=sets: (s[i][2].t() @ s[i][0], s[i][2].sum(0)),
+                    "without bias": lambda i, s=sets: linear_wgrad(s[i][2], s[i][0], False, BF16)},
+                   0, flop, check)
         ints = copies(lambda m=m, n=n, k=k: (codes(m, k), codes(n, k), torch.rand(m, device="cuda"),
                                              torch.rand(n, device="cuda")))
         peers: dict[str, Call] = {

@@ -25,15 +25,15 @@ bool wgmma_fp16(const Place&, const ProductArgs&) { return false; }
 bool wgmma_scaled_mm(const Place&, const ScaledMmArgs&) { return false; }
 #endif
 
-void product(const Place& place, const ProductArgs& p) {
+bool product(const Place& place, const ProductArgs& p, float* row_sums) {
   if (p.a.type == Float::fp32 || p.b.type != p.a.type) {
     throw std::invalid_argument("lowp::linear: the CUDA product takes bf16 or fp16 matrices");
   }
-  if (p.M == 0 || p.N == 0) return;
+  if (p.M == 0 || p.N == 0) return false;
   if (has_wgmma("linear", place)) {
-    if (p.a.type == Float::bf16 ? wgmma_bf16(place, p) : wgmma_fp16(place, p)) return;
+    if (p.a.type == Float::bf16 ? wgmma_bf16(place, p) : wgmma_fp16(place, p)) return false;
   }
-  mma_product(place, p);
+  return mma_product(place, p, row_sums);
 }
 
 void scaled_mm(const Place& place, const ScaledMmArgs& p) {

@@ -11,7 +11,8 @@ bool wgmma_bf16(const Place& place, const ProductArgs& p);
 bool wgmma_fp16(const Place& place, const ProductArgs& p);
 bool wgmma_scaled_mm(const Place& place, const ScaledMmArgs& p);
 
-void mma_product(const Place& place, const ProductArgs& p);
+// True if it wrote row_sums: where the rows of both operands are adjacent, as wgrad's are.
+bool mma_product(const Place& place, const ProductArgs& p, float* row_sums);
 void mma_scaled_mm(const Place& place, const ScaledMmArgs& p);
 
 }  // namespace cuda
