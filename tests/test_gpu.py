@@ -92,8 +92,9 @@ def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("together", (True, False), ids=("whole step", "passes alone"))
-def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, together):
+@pytest.mark.parametrize(("together", "clip"), ((True, None), (True, 0.1), (False, None)),
+                         ids=("whole step", "whole step, clipped", "passes alone"))
+def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, together, clip):
     """Layers that draw in every product, with the update inside of the graph or behind it."""
     x, here = training.X.cuda(), torch.cuda.current_stream()
 
@@ -104,7 +105,7 @@ def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, toget
     def start():
         clock.set(1)
         module = training.model().cuda()
-        return module, training.optimizer_of(module)
+        return module, training.optimizer_of(module, clip_grad_norm=clip)
 
     with lowp.backend(gpu_target.backend):
         module, optimizer = start()
