@@ -29,7 +29,7 @@ from tests import cases, update_cases
 from tests import test_captured_steps as training
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
-from tests.test_matrix_optim_ops import adafactor_case, muon_case
+from tests.test_matrix_optim_ops import adafactor_case, exact_muon_case
 from tests.updates import cloned
 
 pytestmark = pytest.mark.gpu
@@ -133,8 +133,13 @@ def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, toget
             assert clock.step == now + 1
 
 
-UPDATES = {**update_cases.OPS, "muon": (muon, muon_case), "adafactor": (
-    adafactor, lambda params, grads, kind, **options: adafactor_case(params, grads, **options))}
+UPDATES = {
+    **update_cases.OPS,
+    "muon": (muon, lambda params, grads, kind, **options: exact_muon_case(
+        [p.shape for p in params], params[0].dtype, kind, **options)),
+    "adafactor": (adafactor, lambda params, grads, kind, **options: adafactor_case(
+        params, grads, **options)),
+}
 
 
 @pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))
