@@ -13,7 +13,6 @@ from tests.tensors import FLOATS, same_bits
 from tests.updates import cloned, state_like
 
 STATES = (*FLOATS, "int8")
-CODES = (torch.int8, torch.uint8)
 
 
 def rest(count, rounding):
@@ -84,20 +83,6 @@ def still_case(name: str) -> dict:
     case = OPS[name][1](params, [torch.randn(256, 256)], torch.bfloat16, **still)
     coupled = {"coupled": False} if name == "adamw" else {}  # it comes before the masters
     return {**case, **coupled, "masters": [torch.arange(2**16).to(torch.int16).view(256, 256)]}
-
-
-def infinite_case(name: str) -> dict:
-    """States of Inf alone in rows that end inside of a vector: what lies beyond the row decodes to
-    0 times Inf, and that NaN must not reach the row's largest value."""
-    params = [torch.randn(3, 301)]
-    case = OPS[name][1](params, [torch.randn(3, 301)], "int8")
-    for key, value in case.items():
-        for x in value if isinstance(value, list) else ():
-            if key.endswith("_scales"):
-                x.fill_(torch.inf)
-            elif getattr(x, "dtype", None) in CODES:
-                x.fill_(100)
-    return case
 
 
 def run(target: Target, op, case: dict) -> dict:
