@@ -20,6 +20,7 @@ from lowp.ops.adafactor import adafactor
 from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear
+from lowp.ops.linear_wgrad import linear_wgrad
 from lowp.ops.muon import muon
 from lowp.ops.quantize import quantize
 from lowp.ops.scaled_mm import scaled_mm
@@ -55,6 +56,13 @@ def test_tiles_of_every_size(gpu_target: Target, shape):
                             (x.t().contiguous().t(), w.t().contiguous().t())):
             y = gpu_target.run(linear, left, right, None, "none", torch.float32, False)[0]
             assert torch.equal(y, want)
+        dy = (cases.codes(m, n) % 4).to(dtype)
+        dw, db = gpu_target.run(linear_wgrad, dy, x, True, torch.float32)
+        assert torch.equal(dw, (dy.cuda().double().t() @ x.cuda().double()).float().cpu())
+        assert torch.equal(db, dy.float().sum(0))
+        dy = torch.randn(m, n).to(dtype)
+        cases.assert_bias_grad_of_wgrad(
+            gpu_target, dy, gpu_target.run(linear_wgrad, dy, x, True, torch.float32)[1])
 
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
