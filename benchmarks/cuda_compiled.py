@@ -75,7 +75,8 @@ def _short(name: str) -> str:
     majors = re.findall(r"GMMA::Major\)(\d)", name)
     along = "".join("K" if major == "0" else "M" for major in majors[:2]) or "KK"
     assert tile is not None, name
-    return f"wgmma {atom[1]} {along} {'x'.join(tile.groups()[1:])} {tile[1]}"
+    sums = ", row sums" if "SummingMainLoop" in name else ""
+    return f"wgmma {atom[1]} {along} {'x'.join(tile.groups()[1:])} {tile[1]}{sums}"
 
 
 def _end_of_template(name: str) -> int:

@@ -1,5 +1,5 @@
-"""One command for a machine with a GPU: build, test, sanitize, time, and a short table of all of
-it.
+"""One command for a machine with a GPU: build, test, sanitize, time, compare the backends, and a
+short table of all of it.
 
     python -m benchmarks.gpu                 # every phase
     python -m benchmarks.gpu test time       # some of them
@@ -103,8 +103,14 @@ def timing() -> dict[str, Any]:
     return {"passed": status == 0, **found, "output": text[-3000:] if status else ""}
 
 
+def compare() -> dict[str, Any]:
+    """CUDA against Triton by size, for lowp's choice on this device (lowp/measured.py)."""
+    status, text = _run([sys.executable, "-m", "benchmarks.gpu_products"], LIMIT)
+    return {"passed": status == 0, "output": text[-3000:]}
+
+
 PHASES: dict[str, Callable[[], dict[str, Any]]] = {
-    "build": build, "test": test, "sanitize": sanitize, "time": timing,
+    "build": build, "test": test, "sanitize": sanitize, "time": timing, "compare": compare,
 }
 
 

@@ -40,7 +40,7 @@ from lowp.ops.square_sums import square_sums
 from lowp.reference.activation import derivative
 from tests import update_cases
 from tests.targets import REFERENCE, Target
-from tests.test_matrix_optim_ops import adafactor_case
+from tests.test_matrix_optim_ops import adafactor_case, exact_muon_case
 from tests.tolerances import gradient_bound, product_bound
 
 ROUNDS, BUFFERS = 30, 4
@@ -187,7 +187,7 @@ def updates_equal(op: str, case: dict[str, Any]) -> bool:
 
 
 def more_updates() -> Iterator[Case]:
-    """The optimizers with one moment or none, sums and additions of gradients."""
+    """The optimizers with one moment or none, Muon, sums and additions of gradients."""
     p, shapes = random(SIZE, SIZE), ((130, 1040), (300,))
     params, grads = ([torch.randn(shape).bfloat16() for shape in shapes] for _ in range(2))
     cases: dict[str, dict[str, Any]] = {
@@ -204,6 +204,11 @@ def more_updates() -> Iterator[Case]:
                          **({"momentum": 0.9} if name == "SGD" else {}))
         yield Case(f"{name} bf16", lambda i, s=step: s(), peers.pop(name), traffic * p.numel(), 0,
                    lambda n=name: updates_equal(n.lower(), cases[n]))
+    square = random(SIZE // 2, SIZE // 2)
+    ours, other = (optimizer(library.Muon, square) for library in (lowp.optim, torch.optim))
+    yield Case("Muon bf16", lambda i: ours(), {"torch": lambda i: other()}, 10 * square.numel(),
+               5 * 3 * 2 * len(square)**3,  # five steps of three products
+               lambda: updates_equal("muon", exact_muon_case(shapes[:1], BF16, BF16)))
     xs, ys = (copies(lambda: random(SIZE, SIZE)) for _ in range(2))
     step = torch.ones((), dtype=torch.int64, device="cuda")
     yield Case("accumulate bf16",
@@ -258,8 +263,9 @@ def products() -> Iterator[Case]:
                    functools.partial(gradient_gate, k))
         yield Case(f"linear_wgrad {label}",
                    lambda i, s=sets: linear_wgrad(s[i][2], s[i][0], True, BF16),
-                   {"torch": lambda i, s=sets: (s[i][2].t() @ s[i][0], s[i][2].sum(0))}, 0, flop,
-                   check)
+                   {"torch": lambda i, s=sets: (s[i][2].t() @ s[i][0], s[i][2].sum(0)),
+                    "without bias": lambda i, s=sets: linear_wgrad(s[i][2], s[i][0], False, BF16)},
+                   0, flop, check)
         ints = copies(lambda m=m, n=n, k=k: (codes(m, k), codes(n, k), torch.rand(m, device="cuda"),
                                              torch.rand(n, device="cuda")))
         peers: dict[str, Call] = {

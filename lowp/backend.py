@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from lowp import native
+from lowp import measured, native
+from lowp.measured import Problem
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device type -> what is tried, best first
@@ -164,8 +166,10 @@ class Choice(NamedTuple):
     refused: list[tuple[str, str]]
 
 
-def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
-    """The backend for ``op`` on ``device`` among those that it ``has`` a kernel for.
+def choose(op: str, device: torch.device, has: Iterable[str],
+           problem: Problem | None = None) -> Choice:
+    """The backend for ``op`` on ``device`` among those that it ``has`` a kernel for: the first that
+    can run it, or the one that was measured to be the fastest for a ``problem`` of this size.
 
     Raises:
         BackendError: what was asked for cannot run, or only the reference is left and
@@ -183,21 +187,28 @@ def choose(op: str, device: torch.device, has: Iterable[str]) -> Choice:
             )
         return Choice(wanted, [])
     refused: list[tuple[str, str]] = []
-    for name in ORDER.get(device.type, ("triton",)):
+    order = ORDER.get(device.type, ("triton",))
+    times = measured.times(op, device, problem)
+    for name in sorted(order, key=lambda name: times.get(name, math.inf)):
         reason = _reason(name) or _unfit(name, device)
         if not reason and name not in implemented:
             reason = f"{op} has no {name} kernel"
         if not reason:
+            slower = [n for n in order[: order.index(name)] if n not in dict(refused)]
+            refused += [(n, f"measured slower for products like {problem}: "
+                            f"{times.get(n, math.inf):.1f} us, {name} {times[name]:.1f} us")
+                        for n in slower]
             return Choice(name, refused)
         refused.append((name, reason))
     return Choice("reference", refused)
 
 
-def select(op: str, device: torch.device, has: Iterable[str]) -> str:
+def select(op: str, device: torch.device, has: Iterable[str],
+           problem: Problem | None = None) -> str:
     """As :func:`choose`, and a fall back to the reference is said once, or forbidden."""
     if device.type == "cpu" and not native.cpu_refusal and "cpu" in has and forced() is None:
         return "cpu"  # what choose would say, in a tenth of its time
-    choice = choose(op, device, has)
+    choice = choose(op, device, has, problem)
     if choice.name == "reference" and choice.refused:
         why = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
         if os.environ.get("LOWP_STRICT") == "1":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lowp.backend import choose
+from lowp.measured import Problem
 from lowp.ops.library import OPS
 from lowp.recipe import Recipe
 
@@ -43,7 +44,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
 
     Args:
         layer: a :class:`lowp.Linear`, or a converted ``Conv1D``.
-        x: an input for it; only its device counts.
+        x: an input for it; its device counts, and its size where one was measured.
 
     Raises:
         TypeError: ``layer`` is not a lowp layer.
@@ -54,7 +55,19 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     found = Explanation()
     for field, (float_ops, int8_ops) in _OPS.items():
         product = recipe.product(field)
+        sizes = _sizes(layer, x, field)
+        problem = None if sizes is None else Problem(product.precision, sizes)
         for name in int8_ops if product.is_int8 else float_ops:
-            choice = choose(name, x.device, OPS[name].kernels)
+            choice = choose(name, x.device, OPS[name].kernels, problem)
             found.append(OpChoice(field, name, product.precision, choice.name, choice.refused))
     return found
+
+
+def _sizes(layer: nn.Module, x: Tensor, field: str) -> tuple[int, int, int] | None:
+    """M, N and K of a layer's product; ``None`` without one matrix of weights."""
+    weight, cols = getattr(layer, "weight", None), x.shape[-1]
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    rows, out = x.shape[:-1].numel(), weight.numel() // max(1, cols)
+    return {"output": (rows, out, cols), "grad_input": (rows, cols, out),
+            "grad_weight": (out, cols, rows)}[field]

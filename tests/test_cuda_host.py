@@ -16,6 +16,7 @@ from lowp import native
 from lowp.ops import product
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.library import OPS
+from lowp.ops.linear_wgrad import linear_wgrad
 from lowp.ops.muon import ADJUSTMENTS
 from lowp.ops.scaled_mm import scaled_mm
 from tests import (
@@ -193,6 +194,17 @@ def test_products(kernels: None) -> None:
         test_linear_op.test_strides_and_empty(None, dtype)
     for value in (float("nan"), float("inf")):
         test_linear_op.test_nan_and_inf_go_where_ieee_sends_them(None, value)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_wgrad_sums_the_bias_gradient(kernels: None, dtype: torch.dtype) -> None:
+    """Groups of 64 rows and tiles of 128 columns, whole and cut; the layouts that sum apart."""
+    forms = [torch.randn(m, n) for m, n in ((1, 3), (64, 128), (65, 129), (300, 257), (0, 5))]
+    forms += [torch.randn(40, 70).t(), torch.randn(70, 90)[:, 3:50], torch.randn(9, 0)]
+    forms += [random_bits(129 * 150).view(129, 150), special_values()[:, None].repeat(1, 9)]
+    for dy, cols in itertools.product(forms, (0, 1, 2)):
+        dy, x = dy.to(dtype), torch.randn(len(dy), cols).to(dtype)
+        cases.assert_column_sums(CPU.run(linear_wgrad, dy, x, True, dtype)[1], dy)
 
 
 def test_turned_codes(grids: None) -> None:

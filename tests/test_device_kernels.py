@@ -350,7 +350,8 @@ def test_square_sums(target: Target, dtype):
 def test_found_inf_changes_nothing(target: Target, name):
     op, make = update_cases.OPS[name]
     params = [torch.randn(20, 300).bfloat16()]
-    case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0))
+    case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0),
+                steps=[torch.tensor(3.0)])
     after = update_cases.run(target, op, case)
     for key, before in case.items():
         if isinstance(before, list) and before and isinstance(before[0], torch.Tensor):

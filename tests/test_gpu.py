@@ -21,6 +21,7 @@ from lowp.ops.adamw import adamw
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
+from lowp.ops.linear_wgrad import linear_wgrad
 from lowp.ops.muon import muon
 from lowp.ops.quantize import quantize
 from lowp.ops.scaled_mm import scaled_mm
@@ -32,7 +33,7 @@ from tests import cases, update_cases
 from tests import test_captured_steps as training
 from tests.targets import REFERENCE, Target, moved
 from tests.tensors import FLOATS, same_bits
-from tests.test_matrix_optim_ops import adafactor_case, muon_case
+from tests.test_matrix_optim_ops import adafactor_case, exact_muon_case
 from tests.updates import cloned
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +64,13 @@ def test_tiles_of_every_size(gpu_target: Target, shape):
             dz = gradient(want, preact.float(), activation)
             got = gpu_target.run(linear_dgrad, x, w.t().contiguous(), preact, activation, dtype)
             assert same_bits(got, round_to(dz, dtype, "nearest"))
+        dy = (cases.codes(m, n) % 4).to(dtype)
+        dw, db = gpu_target.run(linear_wgrad, dy, x, True, torch.float32)
+        assert torch.equal(dw, (dy.cuda().double().t() @ x.cuda().double()).float().cpu())
+        assert torch.equal(db, dy.float().sum(0))
+        dy = torch.randn(m, n).to(dtype)
+        cases.assert_bias_grad_of_wgrad(
+            gpu_target, dy, gpu_target.run(linear_wgrad, dy, x, True, torch.float32)[1])
 
 
 @pytest.mark.parametrize("granularity", ("tensor", "row", "column", "block"))
@@ -100,8 +108,9 @@ def test_codes_of_a_replayed_graph_are_drawn_afresh(gpu_target: Target):
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("together", (True, False), ids=("whole step", "passes alone"))
-def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, together):
+@pytest.mark.parametrize(("together", "clip"), ((True, None), (True, 0.1), (False, None)),
+                         ids=("whole step", "whole step, clipped", "passes alone"))
+def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, together, clip):
     """Layers that draw in every product, with the update inside of the graph or behind it."""
     x, here = training.X.cuda(), torch.cuda.current_stream()
 
@@ -112,7 +121,7 @@ def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, toget
     def start():
         clock.set(1)
         module = training.model().cuda()
-        return module, training.optimizer_of(module)
+        return module, training.optimizer_of(module, clip_grad_norm=clip)
 
     with lowp.backend(gpu_target.backend):
         module, optimizer = start()
@@ -140,8 +149,13 @@ def test_layers_of_a_replayed_graph_are_the_eager_ones(gpu_target: Target, toget
             assert clock.step == now + 1
 
 
-UPDATES = {**update_cases.OPS, "muon": (muon, muon_case), "adafactor": (
-    adafactor, lambda params, grads, kind, **options: adafactor_case(params, grads, **options))}
+UPDATES = {
+    **update_cases.OPS,
+    "muon": (muon, lambda params, grads, kind, **options: exact_muon_case(
+        [p.shape for p in params], params[0].dtype, kind, **options)),
+    "adafactor": (adafactor, lambda params, grads, kind, **options: adafactor_case(
+        params, grads, **options)),
+}
 
 
 @pytest.mark.parametrize("kind", (torch.bfloat16, "int8"))

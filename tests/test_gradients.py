@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lowp
 from lowp.key import clock
 from lowp.ops.accumulate import accumulate
 from lowp.ops.square_sums import square_sums
 from lowp.optim import SGD, Adam, AdamW, GradientAccumulation, GradientRelease, Lion
+from lowp.optim.norm import total_on_device
 from tests.tensors import FLOATS, random_bits, same_bits, special_values, strided_forms
 
 ALL = (AdamW, Adam, SGD, Lion)
@@ -105,6 +110,48 @@ def test_clip_after_a_scaler_and_with_non_finite_gradients():
     scaled[0].bias.grad[0] = math.nan
     b.step()
     assert all(p.isnan().all() for p in scaled.parameters())
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 5, 300, 4097))
+def test_totals_on_the_device(size):
+    """Inside half an ulp and what is dropped; no order changes a bit; Inf and NaN stay."""
+    for spread in (0, 1, 10, 40, 300):
+        exponents = torch.randint(-spread, spread // 2 + 1, (size,)).double()
+        x = torch.rand(size, dtype=torch.float64) * torch.exp2(exponents)
+        exact, total = sum(map(Fraction, x.tolist())), total_on_device(x)
+        dropped = Fraction(size**3 * x.max().item()) / 2**101
+        assert abs(Fraction(total.item()) - exact) <= Fraction(math.ulp(float(exact))) / 2 + dropped
+        for _ in range(5):
+            assert same_bits(total, total_on_device(x[torch.randperm(size)]))
+        for value in (math.inf, math.nan):
+            x[size // 2] = value
+            assert total_on_device(x).isnan() if math.isnan(value) else total_on_device(x) == value
+    assert total_on_device(torch.zeros(size, dtype=torch.float64)) == 0
+    least = torch.full((size,), 2.0**-298, dtype=torch.float64)  # of squares of fp32
+    assert total_on_device(least) == size * 2.0**-298
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses everything that brings a value of a GPU to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [[x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+                   for values in ((args, kwargs), found)]
+        here, there = (any(x.is_cuda for x in xs) for xs in tensors)
+        assert there or not here or not tensors[1], f"{function} reads from the GPU"
+        return found
+
+
+@pytest.mark.parametrize("scaled", (False, True))
+def test_clipping_on_a_gpu_waits_for_nothing(scaled):
+    """No GPU is needed to see it: torch refuses to read a fake tensor, here also to copy it."""
+    with FakeTensorMode(), OnDevice():
+        p, *grads = [torch.randn(3, 4, device="cuda") for _ in range(4)]
+        optimizer = AdamW([p.requires_grad_()], clip_grad_norm=1.0)
+        scale = torch.ones((), device="cuda") if scaled else None
+        clipped, found_inf = optimizer.scaler(grads, scale, None)
+    assert clipped.is_cuda and clipped.dtype == torch.float32 and found_inf is None
 
 
 @pytest.mark.parametrize("rounding", ("nearest", "stochastic"))

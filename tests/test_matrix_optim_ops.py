@@ -168,8 +168,9 @@ def test_found_inf_neighbours_and_strides(name):
             with pytest.raises(ValueError, match=rf"{name}: params\[0\] is expanded"):
                 op(*make([p], grads).values())
             continue
-        after = assert_equal(op, make([p.bfloat16()], grads))
-        plain = assert_equal(op, make([p.bfloat16().contiguous()], grads))
+        late = {"steps": [torch.tensor(12_345.0)]}  # adafactor's rate falls from 10,000 on
+        after = assert_equal(op, make([p.bfloat16()], grads, **late))
+        plain = assert_equal(op, make([p.bfloat16().contiguous()], grads, **late))
         assert same_bits(after["params"][0].contiguous(), plain["params"][0])
 
 

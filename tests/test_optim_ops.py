@@ -150,7 +150,8 @@ def test_options(threads):
 def test_found_inf_changes_nothing(name):
     op, make = OPS[name]
     params = [torch.randn(20, 300).bfloat16()]
-    case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0))
+    case = make(params, [torch.full((20, 300), torch.inf)], "int8", found_inf=torch.tensor(1.0),
+                steps=[torch.tensor(3.0)])
     after = cloned(case)
     op(*after.values())
     for key, before in case.items():

@@ -107,8 +107,9 @@ void define_products(py::module_& m) {
   m.def(
       "product",
       [](const cuda::Place& place, const Operand& a, const Operand& b, int64_t M, int64_t N,
-         int64_t K,
-         const Epilogue& epilogue) { cuda::product(place, {a, b, M, N, K, epilogue, 0}); },
+         int64_t K, const Epilogue& epilogue, uintptr_t row_sums) {
+        return cuda::product(place, {a, b, M, N, K, epilogue, 0}, pointer<float>(row_sums));
+      },
       Release());
   m.def(
       "scaled_mm",

@@ -1,15 +1,15 @@
 // Products by mma.sync: any shape, any strides, from sm_80 on. A block of 8 warps computes 128 x
 // 128 sums from panels of 64 bytes along the summed dimension, four stages of them in shared
-// memory.
+// memory. The blocks of the first column also sum A's rows if asked to.
 #pragma once
 #include "cuda/finish.h"
 #include "cuda/launch.h"
+#include "cuda/panels.h"
 
 namespace lowp {
 namespace cuda {
 
-constexpr int kPanelRows = 128, kPanelBytes = 64, kStages = 4;
-constexpr int kPanelSize = kPanelRows * kPanelBytes;  // bytes of one operand in one stage
+constexpr int kStages = 4;
 constexpr int kMmaThreads = 256;
 
 struct MmaOperand {
@@ -22,6 +22,7 @@ struct MmaOperand {
 struct MmaArgs {
   MmaOperand a, b;
   Finish finish;
+  float* row_sums;  // [M], of kRowSums alone
   int64_t tiles_m, tiles_n;
 };
 
@@ -29,6 +30,7 @@ struct MmaArgs {
 template <Float type>
 struct HalfMma {
   using Sum = float;
+  static constexpr Float kType = type;
   static constexpr int kBytes = 2;
   static __device__ __forceinline__ void multiply(Sum (&c)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
@@ -85,15 +87,6 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]
                  : "r"(address)
                  : "memory");
   }
-}
-
-// Where 16-byte chunk `chunk` of a line of a panel lies. Lines are rows of 64 bytes along k, or,
-// where the rows are adjacent in memory, steps along k of 256 bytes; the exclusive or keeps the
-// eight lines that ldmatrix reads at once in different banks.
-template <bool kAlongK>
-__device__ __forceinline__ uint32_t chunk_offset(int line, int chunk) {
-  if constexpr (kAlongK) return line * 64 + ((chunk ^ (line / 2 % 4)) * 16);
-  return line * 256 + ((chunk ^ (line % 8)) * 16);
 }
 
 // One stage of one operand: rows row0 .. row0+127, bytes k0 .. k0+63 along k.
@@ -159,7 +152,7 @@ __device__ __forceinline__ void tile_at(int64_t index, int64_t tiles_m, int64_t 
   *n = inside / tall;
 }
 
-template <class Mma, bool kAAlongK, bool kBAlongK>
+template <class Mma, bool kAAlongK, bool kBAlongK, bool kRowSums>
 __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(const __grid_constant__ MmaArgs args) {
   extern __shared__ __align__(128) char panels[];  // [kStages][2][kPanelSize]
   constexpr int kDepth = kPanelBytes / Mma::kBytes;
@@ -179,6 +172,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(const __grid_consta
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   typename Mma::Sum sums[4][4][4] = {};  // [16 rows][8 columns][fragment]
+  [[maybe_unused]] RowSum row_sum = {};  // of the thread's row, by half of the warps
+  [[maybe_unused]] const bool sums_row = tile_n == 0 && threadIdx.x < kPanelRows;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) fetch(s);
   for (int64_t k = 0; k < panels_k; ++k) {
@@ -205,6 +200,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(const __grid_consta
         }
       }
     }
+    if constexpr (kRowSums) {
+      if (sums_row) row_sum.add(stage, threadIdx.x, k, Mma::kType);
+    }
+  }
+  if constexpr (kRowSums) {
+    const int64_t m = m0 + threadIdx.x;
+    if (sums_row && m < args.a.rows) args.row_sums[m] = row_sum.result();
   }
 
   const auto swap = [](auto value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); };
@@ -230,13 +232,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(const __grid_consta
   }
 }
 
-template <class Mma, bool kAAlongK, bool kBAlongK>
+template <class Mma, bool kAAlongK, bool kBAlongK, bool kRowSums = false>
 void launch_mma(const char* op, const Place& place, MmaArgs args) {
   args.tiles_m = (args.a.rows + kPanelRows - 1) / kPanelRows;
   args.tiles_n = (args.b.rows + kPanelRows - 1) / kPanelRows;
   const Grid grid{dim3(static_cast<unsigned>(args.tiles_m * args.tiles_n)), dim3(kMmaThreads),
                   kStages * 2 * kPanelSize};
-  launch<MmaArgs>(op, place, mma_kernel<Mma, kAAlongK, kBAlongK>, grid, args);
+  launch<MmaArgs>(op, place, mma_kernel<Mma, kAAlongK, kBAlongK, kRowSums>, grid, args);
 }
 
 // Whether 16-byte accesses of an operand's lines are possible.

@@ -16,21 +16,22 @@ MmaOperand operand(const Operand& x, int64_t rows, int64_t depth) {
 }
 
 template <class Mma>
-void multiply(const Place& place, const ProductArgs& p) {
+void multiply(const Place& place, const ProductArgs& p, float* row_sums) {
   const Finish finish{p.epilogue, p.N, nullptr, 0, nullptr, 0, rows_aligned(p.epilogue, p.N)};
-  const MmaArgs args{operand(p.a, p.M, p.K), operand(p.b, p.N, p.K), finish, 0, 0};
+  const MmaArgs args{operand(p.a, p.M, p.K), operand(p.b, p.N, p.K), finish, row_sums, 0, 0};
   const bool a = p.a.k_stride == 1, b = p.b.k_stride == 1;
   if (a && b) return launch_mma<Mma, true, true>("linear", place, args);
   if (a) return launch_mma<Mma, true, false>("linear", place, args);
   if (b) return launch_mma<Mma, false, true>("linear", place, args);
+  if (row_sums != nullptr) return launch_mma<Mma, false, false, true>("linear", place, args);
   launch_mma<Mma, false, false>("linear", place, args);
 }
 
 }  // namespace
 
-void mma_product(const Place& place, const ProductArgs& p) {
-  if (p.a.type == Float::bf16) return multiply<HalfMma<Float::bf16>>(place, p);
-  multiply<HalfMma<Float::fp16>>(place, p);
+void mma_product(const Place& place, const ProductArgs& p, float* row_sums) {
+  if (p.a.type == Float::bf16) return multiply<HalfMma<Float::bf16>>(place, p, row_sums);
+  multiply<HalfMma<Float::fp16>>(place, p, row_sums);
 }
 
 }  // namespace cuda

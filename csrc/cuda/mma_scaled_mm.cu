@@ -16,9 +16,9 @@ void mma_scaled_mm(const Place& place, const ScaledMmArgs& p) {
                       p.col_scale,
                       p.col_scale_stride,
                       rows_aligned(p.epilogue, p.N)};
-  launch_mma<CodeMma, true, true>(
-      "scaled_mm", place,
-      {operand(p.a, p.M, p.a_row_stride), operand(p.b, p.N, p.b_row_stride), finish, 0, 0});
+  launch_mma<CodeMma, true, true>("scaled_mm", place,
+                                  {operand(p.a, p.M, p.a_row_stride),
+                                   operand(p.b, p.N, p.b_row_stride), finish, nullptr, 0, 0});
 }
 
 }  // namespace cuda

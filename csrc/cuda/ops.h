@@ -35,7 +35,9 @@ void activation_grad(const Place& place, const ActivationGradArgs& args);
 // partial: [ceil(M / 64), N]
 void bias_grad(const Place& place, const BiasGradArgs& args, float* partial);
 
-void product(const Place& place, const ProductArgs& args);
+// row_sums: [M], the sums of a's rows in bias_grad's order, or null. True if they were written: not
+// every kernel has them.
+bool product(const Place& place, const ProductArgs& args, float* row_sums);
 void linear_epilogue(const Place& place, const EpilogueArgs& args);
 void scaled_mm(const Place& place, const ScaledMmArgs& args);
 

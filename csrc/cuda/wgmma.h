@@ -11,6 +11,7 @@
 
 #include "cuda/finish.h"
 #include "cuda/launch.h"
+#include "cuda/summing.h"
 
 #ifndef LOWP_INLINE_DIVISION
 #error "include this with LOWP_INLINE_DIVISION defined (numerics/divide.h)"
@@ -119,9 +120,10 @@ class FinishEpilogue {
   Params params_;
 };
 
-// Element, layouts of both operands (along_k: adjacent along the sum) and the tile of one kernel.
-template <class Element, class Sum, bool kAAlongK, bool kBAlongK, class Tile, class Cluster,
-          class Schedule>
+// Element, layouts of both operands (along_k: adjacent along the sum), whether A's rows are summed
+// too, and the tile of one kernel.
+template <class Element, class Sum, bool kAAlongK, bool kBAlongK, bool kRowSums, class Tile,
+          class Cluster, class Schedule>
 struct WgmmaKernel {
   using LayoutA =
       cute::conditional_t<kAAlongK, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
@@ -131,9 +133,10 @@ struct WgmmaKernel {
   using Epilogue =
       cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<FinishEpilogue>;
   using Stages = cutlass::gemm::collective::StageCountAutoCarveout<1024>;
-  using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using Plain = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, kVector, Element,
       LayoutB, kVector, Sum, Tile, Cluster, Stages, Schedule>::CollectiveOp;
+  using MainLoop = cute::conditional_t<kRowSums, SummingMainLoop<Plain>, Plain>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop,
                                                       Epilogue, cutlass::gemm::PersistentScheduler>;
 };
@@ -154,12 +157,12 @@ auto wgmma_stride(int64_t line) {
   }
 }
 
-template <class Element, class Sum, bool kAAlongK, bool kBAlongK, class Tile, class Cluster,
-          class Schedule>
+template <class Element, class Sum, bool kAAlongK, bool kBAlongK, bool kRowSums, class Tile,
+          class Cluster, class Schedule>
 void launch_wgmma(const char* op, const Place& place, const WgmmaOperand& a, const WgmmaOperand& b,
-                  int M, int N, int K, const Finish& finish) {
-  using Kernel =
-      typename WgmmaKernel<Element, Sum, kAAlongK, kBAlongK, Tile, Cluster, Schedule>::Kernel;
+                  int M, int N, int K, const Finish& finish, float* row_sums) {
+  using Kernel = typename WgmmaKernel<Element, Sum, kAAlongK, kBAlongK, kRowSums, Tile, Cluster,
+                                      Schedule>::Kernel;
   static_assert(Kernel::SharedStorageSize <= 227 * 1024, "more than sm_90 gives a block");
   const DeviceGuard guard(op, place.device);  // the copy engine's descriptors belong to a context
   typename Kernel::Arguments arguments{};
@@ -173,7 +176,9 @@ void launch_wgmma(const char* op, const Place& place, const WgmmaOperand& a, con
   arguments.hw_info.device_id = place.device;
   arguments.hw_info.sm_count = capability(op, place.device).processors;
   arguments.scheduler.max_swizzle_size = 8;
-  const typename Kernel::Params parameters = Kernel::to_underlying_arguments(arguments, nullptr);
+  if constexpr (kRowSums) arguments.mainloop.row_sums = row_sums;
+  typename Kernel::Params parameters = Kernel::to_underlying_arguments(arguments, nullptr);
+  if constexpr (kRowSums) parameters.mainloop.scheduler = parameters.scheduler;
   const Grid grid{Kernel::get_grid_shape(parameters), Kernel::get_block_shape(),
                   static_cast<size_t>(Kernel::SharedStorageSize),
                   dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1)};
@@ -181,10 +186,11 @@ void launch_wgmma(const char* op, const Place& place, const WgmmaOperand& a, con
 }
 
 // Chooses the tile: 128 x 256 by two warp groups together where that fills the device, tiles of one
-// warp group each, in turns, where it does not. kDepth: elements of 128 bytes.
-template <class Element, class Sum, bool kAAlongK, bool kBAlongK>
+// warp group each, in turns, where it does not. row_sums: [M], of kRowSums alone.
+template <class Element, class Sum, bool kAAlongK, bool kBAlongK, bool kRowSums = false>
 void launch_wgmma_tile(const char* op, const Place& place, const WgmmaOperand& a,
-                       const WgmmaOperand& b, int M, int N, int K, const Finish& finish) {
+                       const WgmmaOperand& b, int M, int N, int K, const Finish& finish,
+                       float* row_sums = nullptr) {
   using namespace cute;
   using Depth = Int<128 / sizeof(Element)>;
   using Together = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
@@ -194,15 +200,15 @@ void launch_wgmma_tile(const char* op, const Place& place, const WgmmaOperand& a
   const auto tiles = [&](int64_t m, int64_t n) { return (M + m - 1) / m * ((N + n - 1) / n); };
   const int processors = capability(op, place.device).processors;
   if (tiles(128, 256) >= processors) {
-    return launch_wgmma<Element, Sum, kAAlongK, kBAlongK, Shape<_128, _256, Depth>, Pair, Together>(
-        op, place, a, b, M, N, K, finish);
+    return launch_wgmma<Element, Sum, kAAlongK, kBAlongK, kRowSums, Shape<_128, _256, Depth>, Pair,
+                        Together>(op, place, a, b, M, N, K, finish, row_sums);
   }
   if (tiles(128, 128) >= processors) {
-    return launch_wgmma<Element, Sum, kAAlongK, kBAlongK, Shape<_128, _128, Depth>, Single,
-                        InTurns>(op, place, a, b, M, N, K, finish);
+    return launch_wgmma<Element, Sum, kAAlongK, kBAlongK, kRowSums, Shape<_128, _128, Depth>,
+                        Single, InTurns>(op, place, a, b, M, N, K, finish, row_sums);
   }
-  launch_wgmma<Element, Sum, kAAlongK, kBAlongK, Shape<_64, _128, Depth>, Single, InTurns>(
-      op, place, a, b, M, N, K, finish);
+  launch_wgmma<Element, Sum, kAAlongK, kBAlongK, kRowSums, Shape<_64, _128, Depth>, Single,
+               InTurns>(op, place, a, b, M, N, K, finish, row_sums);
 }
 
 // What the copy engine asks of an operand: 16-byte lines, and sizes in 32 bits.

@@ -4,8 +4,8 @@
 namespace lowp {
 namespace cuda {
 
-bool wgmma_bf16(const Place& place, const ProductArgs& p) {
-  return wgmma_product_of<cutlass::bfloat16_t>(place, p);
+bool wgmma_bf16(const Place& place, const ProductArgs& p, float* row_sums) {
+  return wgmma_product_of<cutlass::bfloat16_t>(place, p, row_sums);
 }
 
 }  // namespace cuda

@@ -9,7 +9,7 @@ namespace cuda {
 
 // The layouts of the forward product, of the gradient of its input and of that of its weight.
 template <class Element>
-bool wgmma_product_of(const Place& place, const ProductArgs& p) {
+bool wgmma_product_of(const Place& place, const ProductArgs& p, float* row_sums) {
   const bool a_along_k = p.a.k_stride == 1, b_along_k = p.b.k_stride == 1;
   const WgmmaOperand a{p.a.data, a_along_k ? p.a.row_stride : p.a.k_stride};
   const WgmmaOperand b{p.b.data, b_along_k ? p.b.row_stride : p.b.k_stride};
@@ -23,8 +23,11 @@ bool wgmma_product_of(const Place& place, const ProductArgs& p) {
     launch_wgmma_tile<Element, float, true, true>("linear", place, a, b, M, N, K, finish);
   } else if (a_along_k) {
     launch_wgmma_tile<Element, float, true, false>("linear", place, a, b, M, N, K, finish);
-  } else {
+  } else if (row_sums == nullptr) {
     launch_wgmma_tile<Element, float, false, false>("linear", place, a, b, M, N, K, finish);
+  } else {
+    launch_wgmma_tile<Element, float, false, false, true>("linear", place, a, b, M, N, K, finish,
+                                                          row_sums);
   }
   return true;
 }

@@ -52,13 +52,18 @@ def _cpu(dy: Tensor) -> Tensor:
 
 @bias_grad.kernel("cuda")
 def _cuda(dy: Tensor) -> Tensor:
+    db = dy.new_empty(dy.shape[1], dtype=torch.float32)
+    sum_columns_cuda(dy, db)
+    return db
+
+
+def sum_columns_cuda(dy: Tensor, db: Tensor) -> None:
+    """Writes the sums of ``dy``'s columns into ``db``."""
     dy = dy.contiguous()
     rows, cols = dy.shape
-    db = dy.new_empty(cols, dtype=torch.float32)
     partial = dy.new_empty((-(-rows // 64), cols), dtype=torch.float32)
     cuda_extension().bias_grad(cuda_place(dy), dy.data_ptr(), FLOATS[dy.dtype], rows, cols,
                                db.data_ptr(), partial.data_ptr())
-    return db
 
 
 bias_grad.kernel("triton")(deferred("bias_grad"))

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from lowp.backend import select
+from lowp.measured import problem_of
 
 LIBRARY = torch.library.Library("lowp", "DEF")
 
@@ -67,7 +68,8 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self._check(*args)
-        results = self.kernels[select(self.name, _device(args), self.kernels)](*args)
+        backend = select(self.name, _device(args), self.kernels, problem_of(self.name, args))
+        results = self.kernels[backend](*args)
         for i in self._written:  # kernels write through pointers, which autograd does not see
             if i < len(args) and args[i] is not None:
                 increment_version(args[i])

@@ -23,7 +23,8 @@ Args:
 
 Returns:
     dw [N, K]; db [N] in fp32, or an empty tensor [0]. Error of dw: half an ulp of ``out_dtype`` and
-    M 2^-24 Σ|dy||x|; of db: as :data:`lowp.ops.bias_grad.bias_grad` says.
+    M 2^-24 Σ|dy||x|; of db: as :data:`lowp.ops.bias_grad.bias_grad` says, with its bits too except
+    on Triton, whose tiles have an order of their own.
 
 Raises:
     TypeError: types that are no floats or differ. ValueError: shapes that do not fit.
@@ -58,8 +59,10 @@ def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Ten
 
 @linear_wgrad.kernel("cuda")
 def _cuda(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dw = multiply_cuda(dy.t(), x.t(), None, "none", out_dtype, False)[0]
-    return dw, bias_grad.kernels["cuda"](dy) if bias else dy.new_empty(0, dtype=torch.float32)
+    db = dy.new_empty(dy.shape[1] if bias else 0, dtype=torch.float32)
+    dw = multiply_cuda(dy.t(), x.t(), None, "none", out_dtype, False,
+                       row_sums=db if bias else None)[0]
+    return dw, db
 
 
 linear_wgrad.kernel("triton")(deferred("linear_wgrad"))

@@ -13,6 +13,7 @@ from torch.nn import functional
 from lowp import native
 from lowp.backend import forced
 from lowp.native import cpu_extension, cuda_extension, cuda_place
+from lowp.ops.bias_grad import sum_columns_cuda
 from lowp.ops.library import FLOATS
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -163,8 +164,10 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
 
 def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
                   out_dtype: torch.dtype, save_preact: bool,
-                  derivative_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`multiply` by the CUDA kernels.
+                  derivative_at: Tensor | None = None,
+                  row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`multiply` by the CUDA kernels. ``row_sums`` [M]: becomes the sums of a's rows, bit for
+    bit those of bias_grad, in the product's pass where its kernel can.
 
     fp32 is torch's product, since tensor cores have no fp32 one; it is the user's own switch
     (``torch.backends.cuda.matmul.fp32_precision``) that may trade its accuracy for TF32.
@@ -178,8 +181,12 @@ def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
         z = functional.linear(a, b)
         extension.linear_epilogue(place, z.data_ptr(), rows, cols,
                                   epilogue_of(extension, bias, activation, y, preact, backward))
-        return y, preact
-    (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
-    extension.product(place, left, right, rows, cols, depth,
-                      epilogue_of(extension, bias, activation, y, preact, backward))
+        summed = False
+    else:
+        (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
+        summed = extension.product(place, left, right, rows, cols, depth,
+                                   epilogue_of(extension, bias, activation, y, preact, backward),
+                                   0 if row_sums is None else row_sums.data_ptr())
+    if row_sums is not None and not summed:
+        sum_columns_cuda(a.t(), row_sums)
     return y, preact

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,9 +12,9 @@ from torch.autograd.graph import increment_version
 
 from lowp.key import clock, is_idle, tensor_id
 from lowp.ops.library import FLOATS
-from lowp.ops.square_sums import square_sums
 from lowp.ops.update import scale_shape
 from lowp.optim import compiled, sharding
+from lowp.optim.norm import gradient_norm
 from lowp.optim.sharding import Share
 from lowp.optim.state import canonical_names, load
 
@@ -331,22 +330,15 @@ class Optimizer(torch.optim.Optimizer):
 
         Clipping (Pascanu et al., "On the difficulty of training recurrent neural networks", ICML
         2013, algorithm 1) is a part of the divisor, so no gradient is written or rounded for it.
-        Sharded gradients are gathered for it one by one, so that the norm has one process's bits.
         """
         most = self.defaults["clip_grad_norm"]
         if most is None:
             return grad_scale, found_inf
-        scale = torch.ones(()) if grad_scale is None else grad_scale
-        sharded: list[Tensor] = []
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for g in grads:
-            (sharded if sharding.is_sharded(g) else by_device.setdefault(g.device, [])).append(g)
-        sums = [x for xs in by_device.values() for x in square_sums(xs).tolist()]
-        sums += [square_sums([sharding.whole(g)]).item() for g in sharded]
-        # exactly rounded, so no order or grouping of the tensors changes it
-        norm = torch.tensor(math.fsum(sums), dtype=torch.float64).sqrt() / scale.double().cpu()
+        norm = gradient_norm(grads)
+        scale = norm.new_ones(()) if grad_scale is None else grad_scale.to(norm.device)
+        norm = norm / scale.double()
         clip = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        return (scale / clip.to(scale.device)).float(), found_inf
+        return (scale / clip).float(), found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every state keeps its own type and bits (torch casts them to the

@@ -1,12 +1,13 @@
 // Stands for the GPU's matrix instructions in the host build of the CUDA kernels: the sums by plain
 // loops, laid out in quads of lanes as mma leaves them, then the kernels' own code for everything
-// after a sum.
+// after a sum, and for the sums of rows out of panels.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
 #include "cuda/finish.h"
 #include "cuda/groups.h"
+#include "cuda/panels.h"
 #include "numerics/divide.h"
 
 #include <math.h>
@@ -69,9 +70,28 @@ float element(const Operand& x, int64_t row, int64_t k) {
   return half_to_float(bits, x.type);
 }
 
+// The sums of 128 rows as the block of their tile takes them, panel after panel.
+void sum_rows(const Operand& x, int64_t row0, int64_t rows, int64_t K, float* sums) {
+  RowSum row_sums[kPanelRows] = {};
+  for (int64_t k = 0; k * RowSum::kDepth < K; ++k) {
+    alignas(16) char panel[kPanelSize] = {};
+    for (int i = 0; i < RowSum::kDepth && k * RowSum::kDepth + i < K; ++i) {
+      for (int row = 0; row < kPanelRows && row0 + row < rows; ++row) {
+        const uint16_t* value = static_cast<const uint16_t*>(x.data) + (row0 + row) * x.row_stride +
+                                (k * RowSum::kDepth + i) * x.k_stride;
+        memcpy(panel + i * 256 + ((row / 8) ^ (i % 8)) * 16 + row % 8 * 2, value, 2);
+      }
+    }
+    for (int row = 0; row < kPanelRows; ++row) row_sums[row].add(panel, row, k, x.type);
+  }
+  for (int row = 0; row < kPanelRows && row0 + row < rows; ++row) {
+    sums[row0 + row] = row_sums[row].result();
+  }
+}
+
 }  // namespace
 
-void product(const Place&, const ProductArgs& p) {
+bool product(const Place&, const ProductArgs& p, float* row_sums) {
   if (p.a.type == Float::fp32) throw std::invalid_argument("lowp::linear: fp32 is torch's");
   const Finish finish{p.epilogue, p.N, nullptr, 0, nullptr, 0, rows_aligned(p.epilogue, p.N)};
   finish_all<float>(finish, p.M, [&](int64_t m, int64_t n) {
@@ -79,6 +99,11 @@ void product(const Place&, const ProductArgs& p) {
     for (int64_t k = 0; k < p.K; ++k) sum += element(p.a, m, k) * element(p.b, n, k);
     return sum;
   });
+  if (row_sums == nullptr || p.N == 0 || p.a.k_stride == 1 || p.b.k_stride == 1) return false;
+  for (int64_t row0 = 0; row0 < p.M; row0 += kPanelRows) {
+    sum_rows(p.a, row0, p.M, p.K, row_sums);
+  }
+  return true;
 }
 
 void scaled_mm(const Place&, const ScaledMmArgs& p) {
