@@ -29,6 +29,15 @@ CASES = (
 )
 
 
+def copied(p: torch.Tensor) -> torch.Tensor:
+    """The same weights and gradients as tensors of their own: what torch's foreach makes of fp16
+    (Inf, where eps vanishes beside a second moment of 0) nobody else is to work with."""
+    own = p.detach().clone().requires_grad_()
+    assert p.grad is not None
+    own.grad = p.grad.clone()
+    return own
+
+
 def peers(p: torch.Tensor, state_dtype: str | None) -> dict[str, Callable[[], Any]]:
     """8-bit optimizers of other libraries, of those that are installed and run on a CPU."""
     found: dict[str, Callable[[], Any]] = {}
@@ -37,7 +46,7 @@ def peers(p: torch.Tensor, state_dtype: str | None) -> dict[str, Callable[[], An
     for label, module, name in (("torchao", "torchao.optim", "AdamW8bit"),
                                 ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit")):
         try:
-            step = getattr(importlib.import_module(module), name)([p], lr=1e-3).step
+            step = getattr(importlib.import_module(module), name)([copied(p)], lr=1e-3).step
             step()
         except Exception as error:
             print(f"{label} is left out: {error}")
@@ -78,8 +87,8 @@ def test_adamw(compare: Compare, dtype: torch.dtype, state_dtype: str | None,
     state = sum(t.nbytes for t in ours.state[p].values() if isinstance(t, torch.Tensor))
     candidates = {
         "lowp": ours.step,
-        "torch fused": torch.optim.AdamW([p], fused=True).step,
-        "torch foreach": torch.optim.AdamW([p], foreach=True).step,
+        "torch fused": torch.optim.AdamW([copied(p)], fused=True).step,
+        "torch foreach": torch.optim.AdamW([copied(p)], foreach=True).step,
         **peers(p, state_dtype),
     }
     labels = {"dtype": str(dtype), "states": state_dtype or "as weights", "rounding": rounding,

@@ -45,18 +45,17 @@ struct AdamWFactors {
   const float sign, coupled, fresh1, fresh2, inv_sqrt_bc2, eps, decay, step_size;
 };
 
-// The formula of adamw.cpp from the gradient to first / denominator.
-__attribute__((always_inline)) static inline Vec update_moments(const AdamWFactors& f, Vec grad,
-                                                                Vec& m, Vec& v, Vec& root) {
+// The formula of adamw.cpp from the gradient to the root, and the rest of it.
+__attribute__((always_inline)) static inline void update_moments(const AdamWFactors& f, Vec grad,
+                                                                 Vec& m, Vec& v, Vec& root) {
   m = m + (grad - m) * f.fresh1;
   v = v + (grad * grad - v) * f.fresh2;
   root = square_root(v);
-  return m / (root * f.inv_sqrt_bc2 + f.eps);
 }
 
-__attribute__((always_inline)) static inline void update_weights(const AdamWFactors& f,
-                                                                 Vec quotient, Vec& p) {
-  p = p * f.decay - quotient * f.step_size;
+__attribute__((always_inline)) static inline void update_weights(const AdamWFactors& f, Vec m,
+                                                                 Vec root, Vec& p) {
+  p = p * f.decay - m / (root * f.inv_sqrt_bc2 + f.eps) * f.step_size;
 }
 
 // The weight last, as it is late. A second moment below zero has no root, so the weight tells of
@@ -66,10 +65,10 @@ __attribute__((always_inline)) static inline Vec add_squares(Vec p, Vec m, Vec v
 }
 
 struct AdamWStep {
-  Pair p[kPairs], m[kPairs], v[kPairs], root[kPairs], quotient[kPairs];
+  Pair p[kPairs], m[kPairs], v[kPairs], root[kPairs];
 };
 
-// The elements from `begin` on, whose moments are in the step, as far as the quotients.
+// The elements from `begin` on, whose moments are in the step, as far as the roots.
 template <class Param>
 __attribute__((always_inline)) static inline void begin_step(Param, const AdamWFactors& f,
                                                              const AdamWTensor& t, int64_t begin,
@@ -92,18 +91,28 @@ __attribute__((always_inline)) static inline void begin_step(Param, const AdamWF
   }
 #pragma GCC unroll 2
   for (int k = 0; k < kPairs; ++k) {
-    s.quotient[k] = {update_moments(f, g[k].even, s.m[k].even, s.v[k].even, s.root[k].even),
-                     update_moments(f, g[k].odd, s.m[k].odd, s.v[k].odd, s.root[k].odd)};
+    update_moments(f, g[k].even, s.m[k].even, s.v[k].even, s.root[k].even);
+    update_moments(f, g[k].odd, s.m[k].odd, s.v[k].odd, s.root[k].odd);
+    stay(s.root[k]);
   }
 }
 
-// The rest. Gives what is_small tells special values by.
-__attribute__((always_inline)) static inline Vec finish_step(const AdamWFactors& f, AdamWStep& s) {
+// The rest. What is between both keeps the machine busy while it makes roots, and then while it
+// divides: the one unit for both is to get its work in two parts.
+__attribute__((always_inline)) static inline void finish_step(const AdamWFactors& f, AdamWStep& s) {
+#pragma GCC unroll 2
+  for (int k = 0; k < kPairs; ++k) {
+    stay(s.root[k]);
+    update_weights(f, s.m[k].even, s.root[k].even, s.p[k].even);
+    update_weights(f, s.m[k].odd, s.root[k].odd, s.p[k].odd);
+  }
+}
+
+// What is_small tells special values by.
+__attribute__((always_inline)) static inline Vec sum_squares(const AdamWStep& s) {
   Vec sum[kPairs];
 #pragma GCC unroll 2
   for (int k = 0; k < kPairs; ++k) {
-    update_weights(f, s.quotient[k].even, s.p[k].even);
-    update_weights(f, s.quotient[k].odd, s.p[k].odd);
     sum[k] = add_squares(s.p[k].even, s.m[k].even, s.v[k].even) +
              add_squares(s.p[k].odd, s.m[k].odd, s.v[k].odd);
   }
@@ -138,8 +147,9 @@ static inline void update_floats(Param param, Moment moment, const AdamWFactors 
     load_step<Moment::type>(t.exp_avg, at, s.m);
     load_step<Moment::type>(t.exp_avg_sq, at, s.v);
     begin_step(param, f, t, at, s);
-    draws.advance();  // while the machine divides
-    if (__builtin_expect(!is_small(finish_step(f, s)), false)) {
+    draws.advance();
+    finish_step(f, s);
+    if (__builtin_expect(!is_small(sum_squares(s)), false)) {
       plain(Run{at, 0, kStep});
       continue;
     }
@@ -154,8 +164,8 @@ static inline void update_floats(Param param, Moment moment, const AdamWFactors 
   if (at < end) plain(Run{at, 0, static_cast<int>(end - at)});
 }
 
-// States of codes. The scale of a block is known when all of it is updated; it is stored while the
-// next block's divisions are waited for.
+// States of codes. The scale of a block is known when all of it is updated, so it is stored while
+// the next block is updated, a step of each in turn.
 template <class Param, bool kDrawn>
 class AdamWCodes {
  public:
@@ -173,7 +183,7 @@ class AdamWCodes {
     const float m_scale = t_.exp_avg_scale[r.block], v_scale = t_.exp_avg_sq_scale[r.block];
     Kept* const kept = kept_[current_];
     Vec check = all(0.0f);
-    Bits m_most{}, root_most{};
+    Vec m_most = all(0.0f), root_most = all(0.0f);
     for (int i = 0; i < r.n; i += kStep) {
       AdamWStep s;
       prefetch_step(exp_avg, 1, i);
@@ -184,20 +194,23 @@ class AdamWCodes {
         s.v[k] = load_square_codes(exp_avg_sq + i + k * kPair, v_scale);
       }
       begin_step(Param{}, f_, t_, r.begin + i, s);
-      if (stored_ < last_.n) store_step();
-      check += finish_step(f_, s);
+      const bool stores = stored_ < last_.n;
+      if (stores) draws_.advance();
+      finish_step(f_, s);
 #pragma GCC unroll 2
       for (int k = 0; k < kPairs; ++k) {
-        m_most = greatest(m_most, as_bits(s.m[k].even) & 0x7FFFFFFFu);
-        m_most = greatest(m_most, as_bits(s.m[k].odd) & 0x7FFFFFFFu);
-        root_most = greatest(root_most, as_bits(s.root[k].even));
-        root_most = greatest(root_most, as_bits(s.root[k].odd));
+        check = multiply_add(s.p[k].even, s.p[k].even, check);
+        check = multiply_add(s.p[k].odd, s.p[k].odd, check);
+        m_most = greatest_magnitude(greatest_magnitude(m_most, s.m[k].even), s.m[k].odd);
+        root_most =
+            greatest_magnitude(greatest_magnitude(root_most, s.root[k].even), s.root[k].odd);
         kept[i / kPair + k] = {s.p[k], s.m[k], s.root[k]};
       }
+      if (stores) store_step();
     }
     finish();
-    const float m_amax = state_scale(greatest_of(m_most));
-    const float root_amax = state_scale(greatest_of(root_most));
+    const float m_amax = state_scale(greatest_of(as_bits(m_most)));
+    const float root_amax = state_scale(greatest_of(as_bits(root_most)));
     if (!is_small(check) || !Quotient::takes(m_amax) || !Quotient::takes(root_amax)) {
       return plain(r);
     }
@@ -213,7 +226,10 @@ class AdamWCodes {
 
   // Stores what is left of the last block.
   void finish() {
-    while (stored_ < last_.n) store_step();
+    while (stored_ < last_.n) {
+      draws_.advance();
+      store_step();
+    }
   }
 
  private:
@@ -221,21 +237,24 @@ class AdamWCodes {
     Pair p, m, root;
   };
 
+  // The next step of the last block, by the draws made last.
   __attribute__((always_inline)) void store_step() {
     const Bits nearest = Bits{} + 0x80008000u;
-    draws_.advance();
+    const int64_t begin = last_.begin + stored_;
+    CodePair codes[kPairs];
 #pragma GCC unroll 2
     for (int k = 0; k < kPairs; ++k) {
       const int i = k * kPair;
-      const int64_t at = last_.begin + stored_ + i;
       const Kept& kept = kept_[current_ ^ 1][stored_ / kPair + k];
-      store_pair(Param{}, kept.p, draws_.of_param(i), t_.param, at);
-      store_signed_codes(kept.m, m_quotient_, kDrawn ? load_bits(draws_.of_exp_avg(i)) : nearest,
-                         static_cast<int8_t*>(t_.exp_avg) + at);
-      store_root_codes(kept.root, root_quotient_,
-                       kDrawn ? load_bits(draws_.of_exp_avg_sq(i)) : nearest,
-                       static_cast<uint8_t*>(t_.exp_avg_sq) + at);
+      codes[k] = encode_pair(kept.m, m_quotient_,
+                             kDrawn ? load_bits(draws_.of_exp_avg(i)) : nearest, kept.root,
+                             root_quotient_, kDrawn ? load_bits(draws_.of_exp_avg_sq(i)) : nearest);
+      store_pair(Param{}, kept.p, draws_.of_param(i), t_.param, begin + i);
     }
+    store_signed_bytes(static_cast<int8_t*>(t_.exp_avg) + begin, codes[0].exp_avg,
+                       codes[1].exp_avg);
+    store_unsigned_bytes(static_cast<uint8_t*>(t_.exp_avg_sq) + begin, codes[0].root,
+                         codes[1].root);
     stored_ += kStep;
   }
 

@@ -18,11 +18,26 @@ static inline Shorts load_unsigned_bytes(const uint8_t* x) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return reinterpret_cast<Shorts>(_mm512_cvtepu8_epi16(bytes));
 }
-static inline void store_bytes(void* y, Shorts x) {
-  _mm256_storeu_si256(static_cast<__m256i*>(y), _mm512_cvtepi16_epi8(reinterpret_cast<__m512i>(x)));
+static inline void store_packed(void* y, __m512i x) {  // a quarter of one, a quarter of the other
+  const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+  _mm512_storeu_si512(y, _mm512_permutexvar_epi64(order, x));
 }
-static inline bool any_below(Shorts x, int16_t limit) {
-  return _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(x), _mm512_set1_epi16(limit)) != 0;
+static inline void store_signed_bytes(void* y, Shorts a, Shorts b) {
+  store_packed(y, _mm512_packs_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+static inline void store_unsigned_bytes(void* y, Shorts a, Shorts b) {
+  store_packed(y, _mm512_packus_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+static inline Shorts least(Shorts a, Shorts b) {
+  return reinterpret_cast<Shorts>(
+      _mm512_min_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+static inline Shorts magnitudes(Shorts x) {
+  return reinterpret_cast<Shorts>(_mm512_abs_epi16(reinterpret_cast<__m512i>(x)));
+}
+static inline bool any_below(Shorts x, Shorts limit) {
+  return _mm512_cmplt_epi16_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(limit)) !=
+         0;
 }
 #else
 static inline Shorts load_signed_bytes(const int8_t* x) {
@@ -33,37 +48,50 @@ static inline Shorts load_unsigned_bytes(const uint8_t* x) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return reinterpret_cast<Shorts>(_mm256_cvtepu8_epi16(bytes));
 }
-static inline void store_bytes(void* y, Shorts x) {
-  const __m256i low = reinterpret_cast<__m256i>(x & 0xFF);
-  const __m128i bytes =
-      _mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-  _mm_storeu_si128(static_cast<__m128i*>(y), bytes);
+static inline void store_packed(void* y, __m256i x) {  // a half of one, a half of the other
+  _mm256_storeu_si256(static_cast<__m256i*>(y), _mm256_permute4x64_epi64(x, 0xD8));
 }
-static inline bool any_below(Shorts x, int16_t limit) {
-  return _mm256_movemask_epi8(
-             _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), reinterpret_cast<__m256i>(x))) != 0;
+static inline void store_signed_bytes(void* y, Shorts a, Shorts b) {
+  store_packed(y, _mm256_packs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+static inline void store_unsigned_bytes(void* y, Shorts a, Shorts b) {
+  store_packed(y, _mm256_packus_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+static inline Shorts least(Shorts a, Shorts b) {
+  return reinterpret_cast<Shorts>(
+      _mm256_min_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
+static inline Shorts magnitudes(Shorts x) {
+  return reinterpret_cast<Shorts>(_mm256_abs_epi16(reinterpret_cast<__m256i>(x)));
+}
+static inline bool any_below(Shorts x, Shorts limit) {
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi16(reinterpret_cast<__m256i>(limit),
+                                                 reinterpret_cast<__m256i>(x))) != 0;
 }
 #endif
 
-// x / scale for |x| <= scale and a scale that is 0 (then 0) or in [2^-64, 2^64).
-// r + low is 1 / scale but for 2^-47 of it, so q is less than an ulp off, its remainder fits 24
-// bits and, by Markstein's theorem (numerics/divide.h), the last line is the IEEE quotient. The
-// remainder is exact from |x| = 2^-102 on; below that q is under 2^-38, of which no code keeps
-// anything.
+static inline Shorts kept_shorts(int16_t x) {
+  return reinterpret_cast<Shorts>(kept(static_cast<uint16_t>(x) * 0x10001u));
+}
+
+// x / scale for |x| <= scale and a scale that is 0 (then 0) or in [2^-64, 2^63): r is 1 / scale
+// rounded, q less than two ulps off, and the last line, which adds what q lacks, the IEEE quotient
+// but where it is so near to the middle of two floats that the error of r decides: of the 7e7 pairs
+// of mantissas that are, none goes wrong (tests/quotients.cpp tries them all). The remainder is
+// exact from |x| = 2^-102 on; below that q is under 2^-38, of which no code keeps anything.
 class Quotient {
  public:
-  explicit Quotient(float scale) : scale_(scale) {
-    r_ = scale > 0.0f ? 1.0f / scale : 0.0f;
-    low_ = __builtin_fmaf(-r_, scale, 1.0f) * r_;
-  }
+  explicit Quotient(float scale) : scale_(scale), r_(scale > 0.0f ? 1.0f / scale : 0.0f) {}
   Vec operator()(Vec x) const {
-    const Vec r = all(r_), q = multiply_add(x, r, x * low_);
+    const Vec r = all(r_), q = x * r;
     return multiply_add(subtract_product(q, all(scale_), x), r, q);
   }
-  static bool takes(float scale) { return scale == 0.0f || scale >= 5.42101086e-20f; }
+  static bool takes(float scale) {
+    return scale == 0.0f || (scale >= 5.42101086e-20f && scale < 9.2233720e18f);
+  }
 
  private:
-  float scale_, r_, low_;
+  float scale_, r_;
 };
 
 // What all codes have in common: the upper bits of the float of code 0.
@@ -75,14 +103,14 @@ constexpr int16_t code_base() {
 // Code magnitudes, not yet times the scale; their floats end within the upper half.
 template <int kTop>
 __attribute__((always_inline)) static inline Shorts code_floats(Shorts magnitude) {
-  const Shorts bits = (magnitude + code_base<kTop>()) << (kCodeShift - 16);
+  const Shorts bits = (magnitude + kept_shorts(code_base<kTop>())) << (kCodeShift - 16);
   return magnitude == 0 ? Shorts{} : bits;
 }
 
 __attribute__((always_inline)) static inline Pair load_signed_codes(const int8_t* codes,
                                                                     float scale) {
   const Shorts x = load_signed_bytes(codes);
-  const Shorts y = code_floats<127>(x < 0 ? -x : x) | (x & INT16_MIN);
+  const Shorts y = code_floats<127>(magnitudes(x)) | (x & kept_shorts(INT16_MIN));
   const Pair p = from_upper_halves(reinterpret_cast<Bits>(y));
   return {p.even * scale, p.odd * scale};
 }
@@ -108,32 +136,48 @@ __attribute__((noinline, cold)) static Bits small_codes(Vec y, Bits draw) {
   return as_bits(y) == 0 ? chosen - chosen : greatest(chosen, least);
 }
 
-// Codes of magnitudes y in [0, 1]; draw: two a 32-bit lane, 0x8000 for nearest.
 template <int kTop>
-__attribute__((always_inline)) static inline Shorts encode_magnitudes(Pair y, Bits draw) {
-  const Bits even = (as_bits(y.even) >> 4) + (draw & 0xFFFFu);
-  const Bits odd = (as_bits(y.odd) >> 4) + (draw >> 16);
-  const Shorts code = reinterpret_cast<Shorts>(upper_halves(even, odd)) - code_base<kTop>();
-  if (__builtin_expect(!any_below(code, 2), true)) return code;
+static inline Shorts small_codes(Pair y, Bits draw) {
   return reinterpret_cast<Shorts>(small_codes<kTop>(y.even, draw & 0xFFFFu) |
                                   small_codes<kTop>(y.odd, draw >> 16) << 16);
 }
 
-__attribute__((always_inline)) static inline void store_signed_codes(Pair x,
-                                                                     const Quotient& quotient,
-                                                                     Bits draw, int8_t* codes) {
-  const Bits even = as_bits(x.even), odd = as_bits(x.odd);
-  const Pair y{quotient(as_floats(even & 0x7FFFFFFFu)), quotient(as_floats(odd & 0x7FFFFFFFu))};
-  const Shorts code = encode_magnitudes<127>(y, draw);
+static inline Shorts small_signed_codes(Pair y, Bits draw) {
+  const Bits even = as_bits(y.even), odd = as_bits(y.odd);
+  const Pair size{as_floats(even & 0x7FFFFFFFu), as_floats(odd & 0x7FFFFFFFu)};
   const Shorts sign = reinterpret_cast<Shorts>(upper_halves(even, odd)) >> 15;
-  store_bytes(codes, (code ^ sign) - sign);
+  return (small_codes<127>(size, draw) ^ sign) - sign;
 }
 
-__attribute__((always_inline)) static inline void store_root_codes(Pair root,
-                                                                   const Quotient& quotient,
-                                                                   Bits draw, uint8_t* codes) {
-  const Pair y{quotient(root.even), quotient(root.odd)};
-  store_bytes(codes, encode_magnitudes<255>(y, draw));
+// The upper bits of y + draw as far as a code goes: 11 of them, and above them the sign.
+__attribute__((always_inline)) static inline Shorts rounded_parts(Pair y, Bits draw) {
+  using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+  constexpr int kShift = kCodeShift - 16;
+  const Bits even = reinterpret_cast<Bits>(reinterpret_cast<Ints>(y.even) >> kShift);
+  const Bits odd = reinterpret_cast<Bits>(reinterpret_cast<Ints>(y.odd) >> kShift);
+  return reinterpret_cast<Shorts>(upper_halves(even + (draw & kept(0xFFFFu)), odd + (draw >> 16)));
+}
+
+struct CodePair {
+  Shorts exp_avg, root;
+};
+
+// The codes of a moment and of a root, not yet divided by their scales; draws: two a 32-bit lane,
+// 0x8000 for nearest.
+__attribute__((always_inline)) static inline CodePair encode_pair(Pair exp_avg,
+                                                                  const Quotient& of_exp_avg,
+                                                                  Bits exp_avg_draw, Pair root,
+                                                                  const Quotient& of_root,
+                                                                  Bits root_draw) {
+  exp_avg = {of_exp_avg(exp_avg.even), of_exp_avg(exp_avg.odd)};
+  root = {of_root(root.even), of_root(root.odd)};
+  const Shorts parts = rounded_parts(exp_avg, exp_avg_draw);
+  const Shorts size = (parts & kept_shorts(0x7FF)) - kept_shorts(code_base<127>());
+  const Shorts root_code = rounded_parts(root, root_draw) - kept_shorts(code_base<255>());
+  if (__builtin_expect(any_below(least(size, root_code), kept_shorts(2)), false)) {
+    return {small_signed_codes(exp_avg, exp_avg_draw), small_codes<255>(root, root_draw)};
+  }
+  return {parts < 0 ? -size : size, root_code};
 }
 
 }  // namespace LOWP_ISA

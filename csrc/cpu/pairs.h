@@ -25,12 +25,12 @@ static inline Bits as_bits(Vec x) { return reinterpret_cast<Bits>(x); }
 #if defined(__AVX512F__)
 static inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
 static inline Vec subtract_product(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+static inline Vec least_magnitude(Vec a, Vec b) {  // |a| or |b|; neither is NaN
+  return _mm512_range_ps(a, b, 0b1010);
+}
+static inline Vec greatest_magnitude(Vec a, Vec b) { return _mm512_range_ps(a, b, 0b1011); }
 static inline bool is_small(Vec x) {
   return _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmall), _CMP_LT_OQ) == 0xFFFF;
-}
-static inline Bits least(Bits a, Bits b) {
-  return reinterpret_cast<Bits>(
-      _mm512_min_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 static inline Bits greatest(Bits a, Bits b) {
   return reinterpret_cast<Bits>(
@@ -60,13 +60,16 @@ static inline void store_fp16(uint16_t* y, Vec x) {
 #else
 static inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
 static inline Vec subtract_product(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+static inline Vec magnitude(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+static inline Vec least_magnitude(Vec a, Vec b) {  // |a| or |b|; neither is NaN
+  return _mm256_min_ps(magnitude(a), magnitude(b));
+}
+static inline Vec greatest_magnitude(Vec a, Vec b) {
+  return _mm256_max_ps(magnitude(a), magnitude(b));
+}
 static inline bool is_small(Vec x) {
   const Vec below = _mm256_cmp_ps(x, _mm256_set1_ps(kSmall), _CMP_LT_OQ);
   return _mm256_movemask_ps(below) == 0xFF;
-}
-static inline Bits least(Bits a, Bits b) {
-  return reinterpret_cast<Bits>(
-      _mm256_min_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
 static inline Bits greatest(Bits a, Bits b) {
   return reinterpret_cast<Bits>(
@@ -104,6 +107,9 @@ static inline Bits kept(uint32_t x) {
   return bits;
 }
 
+// The compiler makes x before and uses it behind, and moves neither beyond.
+static inline void stay(Pair& x) { asm volatile("" : "+v"(x.even), "+v"(x.odd)); }
+
 static inline Bits load_bits(const void* x) {
   Bits bits;
   memcpy(&bits, x, sizeof bits);
@@ -111,9 +117,18 @@ static inline Bits load_bits(const void* x) {
 }
 
 // The upper halves of even and odd lanes as 16-bit elements in order.
+#if defined(__AVX512F__)
 static inline Bits upper_halves(Bits even, Bits odd) {
-  return even >> 16 | (odd & kept(0xFFFF0000u));
+  const __m512i down = _mm512_set4_epi32(0x0F0E, 0x0B0A, 0x0706, 0x0302);  // bytes of a quarter
+  return reinterpret_cast<Bits>(_mm512_mask_shuffle_epi8(
+      reinterpret_cast<__m512i>(odd), 0x3333333333333333u, reinterpret_cast<__m512i>(even), down));
 }
+#else
+static inline Bits upper_halves(Bits even, Bits odd) {
+  return reinterpret_cast<Bits>(_mm256_blend_epi16(reinterpret_cast<__m256i>(even >> 16),
+                                                   reinterpret_cast<__m256i>(odd), 0xAA));
+}
+#endif
 static inline Pair from_upper_halves(Bits x) {
   return {as_floats(x << 16), as_floats(x & kept(0xFFFF0000u))};
 }
@@ -145,13 +160,14 @@ static inline Pair load_pair(const void* x, int64_t begin) {
   return split(load_fp16(halves), load_fp16(halves + kLanes));
 }
 
-// |x| below 2^64 as an fp16 code in the low half; draw: 0 .. 65535. As float_to_fp16_sr: a
-// subnormal code counts units of 2^-24, and its fraction is cut to 2^-40.
-__attribute__((always_inline)) static inline Bits fp16_magnitude_sr(Vec x, Bits draw) {
-  const Bits a = as_bits(x) & 0x7FFFFFFFu;
-  const Bits normal = (a + (draw >> 3) - (112u << 23)) >> 13;
-  const Bits tiny = (truncated(as_floats(a) * 1099511627776.0f) + draw) >> 16;
-  return least(a < (113u << 23) ? tiny : normal, normal - normal + 0x7BFFu);
+// Values below 2^64 as fp16 codes in the upper halves and 16 bits of fraction in the lower ones, to
+// which draws are added. As float_to_fp16_sr: a subnormal code counts units of 2^-24, and its
+// fraction is cut to 2^-40.
+__attribute__((always_inline)) static inline Bits fp16_parts(Vec x) {
+  const Vec a = least_magnitude(x, all(65504.0f));
+  const Bits normal = (as_bits(a) - (112u << 23)) << 3;
+  const Bits parts = as_bits(a) < (113u << 23) ? truncated(a * 1099511627776.0f) : normal;
+  return parts | (as_bits(x) & 0x80000000u);
 }
 
 // Values below 2^64, so neither NaN nor Inf. draws: two a 32-bit lane, if the format is drawn.
@@ -173,16 +189,13 @@ __attribute__((always_inline)) static inline void store_pair(Format, Pair x, con
     store_fp16(halves + kLanes, values.odd);
     return;
   }
-  if (!Format::drawn) {
-    out = upper_halves(even + (even >> 16 & 1u) + 0x7FFFu, odd + (odd >> 16 & 1u) + 0x7FFFu);
-  } else if (Format::type == Float::bf16) {
+  if (Format::drawn) {
+    const bool fp16 = Format::type == Float::fp16;
     const Bits draw = load_bits(draws);
-    out = upper_halves(even + (draw & kept(0xFFFFu)), odd + (draw >> 16));
+    out = upper_halves((fp16 ? fp16_parts(x.even) : even) + (draw & kept(0xFFFFu)),
+                       (fp16 ? fp16_parts(x.odd) : odd) + (draw >> 16));
   } else {
-    const Bits draw = load_bits(draws);
-    const Bits codes =
-        fp16_magnitude_sr(x.even, draw & 0xFFFFu) | fp16_magnitude_sr(x.odd, draw >> 16) << 16;
-    out = codes | (upper_halves(even, odd) & 0x80008000u);
+    out = upper_halves(even + (even >> 16 & 1u) + 0x7FFFu, odd + (odd >> 16 & 1u) + 0x7FFFu);
   }
   memcpy(halves, &out, sizeof out);
 }
