@@ -100,7 +100,7 @@ def test_ops_ask_with_the_sizes_of_their_products(reasons, monkeypatch):
     monkeypatch.setattr(importlib.import_module("lowp.ops.library"), "select", select)
     x, w, dy = torch.randn(2, 5), torch.randn(3, 5), torch.randn(2, 3)
     OPS["linear"](x, w, None, "none", torch.float32, False)
-    OPS["linear_dgrad"](dy, w, torch.float32)
+    OPS["linear_dgrad"](dy, w, None, "none", torch.float32)
     OPS["linear_wgrad"](dy, x, True, torch.float32)
     OPS["scaled_mm"](x.to(torch.int8), w.to(torch.int8), torch.ones(1), torch.ones(1), None, "none",
                      torch.float32, False)
