@@ -66,12 +66,6 @@ struct Source {
     }
   }
 
-  // After a thread's last codes: others may read them.
-  void settle() const {
-    if (around) _mm_sfence();
-  }
-
- private:
   // Into the first level where the codes are all there is to do, else into the second, whose queue
   // is longer: each is 8 % quicker than the other where it is used.
   void fetch(const typename Element::Stored* p, int n) const {
@@ -84,6 +78,11 @@ struct Source {
         _mm_prefetch(line, _MM_HINT_T1);
       }
     }
+  }
+
+  // After a thread's last codes: others may read them.
+  void settle() const {
+    if (around) _mm_sfence();
   }
 };
 
@@ -163,6 +162,7 @@ void quantize_columns(const QuantizeArgs& a) {
 }
 
 constexpr int kTileRows = 128, kTileCols = 128;
+constexpr int kRowsAhead = 8;  // a tile's rows lie apart, where no cache fetches by itself
 
 // Codes of the rows and columns of one tile, turned by units of 4 rows.
 struct Tile {
@@ -237,7 +237,9 @@ void quantize_both(const QuantizeRowColArgs& a) {
       for (int64_t r = 0; r < a.rows; r += kTileRows) {
         const int rows = static_cast<int>(a.rows - r < kTileRows ? a.rows - r : kTileRows);
         tile.fill(rows, [&](int i, int8_t* codes) {
-          by_col.template encode<1>((r + i) * a.cols + c, cols, inv_scale, codes, draws);
+          const int64_t first = (r + i) * a.cols + c;
+          if (r + i + kRowsAhead < a.rows) by_col.fetch(x + first + kRowsAhead * a.cols, cols);
+          by_col.template encode<1>(first, cols, inv_scale, codes, draws);
         });
         tile.write(a.col_codes + c * a.rows + r, a.rows, rows, cols);
       }
