@@ -29,7 +29,7 @@ def tasks(multi30k: Path, tinyshakespeare: Path) -> dict[str, tuple[Main, list[s
     """Each application with the words of its command line."""
     return {
         "translation": (translation.main, [
-            "--data", str(multi30k), "--steps", "2000", "--lr", "3e-3", "--evaluate", "1014"]),
+            "--data", str(multi30k), "--steps", "4000", "--lr", "3e-3", "--evaluate", "1014"]),
         "language modelling": (language_modelling.main, [
             "--data", str(tinyshakespeare), "--steps", "1000", "--lr", "3e-3"]),
     }

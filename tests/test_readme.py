@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -74,6 +75,71 @@ def test_speed_of_layers_and_steps() -> None:
     assert f"{ratio:.1f} ×" in row and "{:.1f} against {:.1f} bytes".format(*sizes) in row
 
 
+def reached(work: str) -> str:
+    """What the table of aims says of a work that begins so."""
+    (row,) = [line for line in BENCHMARKS.splitlines() if line.startswith(f"| {work}")]
+    return row.split("|")[3].strip()
+
+
+def test_aims_of_products() -> None:
+    layers, products = measured("layer.json")["rows"], measured("linear.json")["rows"]
+    for work, dtype in (("`linear` in fp32", "float32"), ("`linear` in bf16", "bfloat16")):
+        own = [r["lowp is x times torch"] for r in products if r["dtype"] == f"torch.{dtype}"]
+        assert reached(work) == span(own)
+
+    def in_layers(recipe: str, peer: str) -> str:
+        return span([r[f"lowp is x times nn.Linear torch.{peer}"] for r in layers
+                     if r["recipe"] == recipe and r["width"] >= 1024])
+
+    half = [r["lowp is x times torch"] for r in products if r["dtype"] == "torch.float16"]
+    assert reached("`linear` in fp16") == f"{span(half)}; {in_layers('fp16', 'float32')} in a layer"
+    full = [in_layers("int8_full", peer) for peer in ("float32", "bfloat16")]
+    assert reached("`int8_full` layer") == "; ".join(full)
+    rows = measured("scaled_mm.json")["rows"]
+    large, (small,) = ([r["lowp is x times torch._int_mm + scales"] for r in rows if keep(r["M"])]
+                       for keep in (lambda m: m >= 512, lambda m: m < 512))
+    assert reached("`scaled_mm`") == f"{span(large)}, {small:.1f} × at 32 rows"
+    calls = [1 / r["lowp is x times nn.Linear torch.float32"] for recipe in ("fp32", "bf16", "int8")
+             for r in layers if (r["width"], r["recipe"]) == (64, recipe)]
+    assert reached("host time") == (
+        "fp32 {:.1f} ×, with gradients {:.1f} ×; bf16 {:.1f} × and {:.1f} ×; int8 {:.1f} × and "
+        "{:.1f} ×").format(*calls)
+
+
+def test_aims_of_memory_bound_work() -> None:
+    rows = {(r["op"], r["rounding"]): r for r in measured("quantize.json")["rows"]
+            if r["op"].startswith("quantize torch.")}
+    fp32, bf16 = ({rounding: rows[f"quantize torch.{dtype}", rounding]
+                   for rounding in ("nearest", "stochastic")} for dtype in ("float32", "bfloat16"))
+    shares = [100 * r["nearest"]["of the stream"] for r in (fp32, bf16)]
+    assert reached("`quantize` by row, nearest") == "{:.0f} % fp32, {:.0f} % bf16".format(*shares)
+    longer = [r["stochastic"]["times as long as nearest"] for r in (fp32, bf16)]
+    assert reached("`quantize` by row, stoch") == "{:.1f} × fp32, {:.1f} × bf16".format(*longer)
+    adamw = measured("adamw.json")["rows"]
+    plain = next(r["torch fused [s]"] for r in adamw if r["dtype"] == "torch.float32")
+    ours = {r["states"]: r for r in adamw
+            if (r["dtype"], r["rounding"]) == ("torch.bfloat16", "stochastic")}
+    own, codes = ours["as weights"], ours["int8"]
+    assert reached("AdamW, bf16 weights and states") == (
+        f"{plain / own['lowp [s]']:.1f} ×; {own['lowp is x times torch fused']:.1f} ×")
+    assert reached("AdamW, bf16 weights, int8") == (
+        f"{plain / codes['lowp [s]']:.1f} ×; {codes['lowp is x times torchao']:.1f} ×; "
+        f"{codes['lowp is x times bitsandbytes']:.1f} ×")
+    small = [r["lowp is x times torch fused"] for r in adamw if "small tensors" in r["states"]]
+    assert reached("AdamW over 300") == f"{min(small):.1f} ×"
+
+
+def test_aims_of_training() -> None:
+    (ours,) = [r for r in measured("training_step.json")["rows"] if r["recipe"] == "int8_full"]
+    (ratio,) = [v for key, v in ours.items() if key.startswith("step is x times")]
+    assert reached("training step") == f"{ratio:.1f} ×"
+    rows = {r["stored"]: r for r in measured("optimizer_memory.json")["rows"] if r["width"] == 4096}
+    both = [rows[f"bf16, int8 states{how}"] for how in ("", ", gradient release")]
+    peak, computed = ("{:.1f}; {:.1f}".format(*[r[key] for r in both])
+                      for key in ("peak bytes/param", "computed bytes/param"))
+    assert reached("peak bytes") == f"{peak} (computed {computed})"
+
+
 def test_objective_sets() -> None:
     row, cells = row_of("objective_sets.json"), measured("objective_sets.json")["cells"]
     hybrid = ("consistency", "evidence bound", "UDA")
@@ -103,11 +169,15 @@ def test_low_rank() -> None:
 
 def test_applications() -> None:
     row, found = row_of("applications.json"), measured("applications.json")
-    losses = [f"{-entry['loss_above_fp32_percent']:.1f} %" for entry in found["comparison"]]
-    assert " and ".join(losses) + " below fp32's" in row
-    plain, ours = (next(r for r in found["rows"] if r["precision"] == p) for p in ("torch", "int8"))
-    assert f"BLEU {ours['bleu']:.1f} against {plain['bleu']:.1f}" in row
-    sizes = [f"{r['bytes_per_parameter']:.1f}" for r in (ours, plain)]
+    losses = [entry["loss_above_fp32_percent"] for entry in found["comparison"]]
+    said = [f"{abs(loss):.1f} % {'above' if loss > 0 else 'below'}" for loss in losses]
+    assert " and ".join(said) + " fp32's" in row
+    (seeds,) = {entry["seeds"] for entry in found["comparison"]}
+    assert f"{seeds} seeds" in row
+    plain, ours = ([r for r in found["rows"] if r["precision"] == p] for p in ("torch", "int8"))
+    scores = [fmean(r["bleu"] for r in own if "bleu" in r) for own in (ours, plain)]
+    assert "BLEU {:.1f} against {:.1f}".format(*scores) in row
+    sizes = [f"{own[0]['bytes_per_parameter']:.1f}" for own in (ours, plain)]
     assert " against ".join(sizes) + " bytes" in row
 
 
