@@ -1,6 +1,5 @@
 """Lightning's Trainer on an int8 BERT classifier; a tiny model from a config, no hub.
 
-    pip install lightning
     python examples/lightning_client.py
 """
 

@@ -1,6 +1,5 @@
 """PEFT's LoRA over an int8 T5 whose own weights are frozen; a tiny model from a config, no hub.
 
-    pip install peft
     python examples/lora_client.py
 """
 
