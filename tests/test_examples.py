@@ -98,8 +98,9 @@ def test_numbers_in_words() -> None:
 
 def test_scores_of_the_field() -> None:
     texts = ["ein Mann geht über die Straße .", "zwei Hunde spielen im hohen Gras ."]
-    assert translation.bleu(texts, texts)["bleu"] == pytest.approx(100)
-    assert translation.bleu(texts[::-1], texts)["bleu"] < 10
+    same, turned = translation.bleu(texts, texts), translation.bleu(texts[::-1], texts)
+    assert same["bleu"] == pytest.approx(100) and same["exact_match"] == 100
+    assert turned["bleu"] < 10 and turned["exact_match"] < 100
     assert summarization.rouge(["the cat sat"], ["the cat sat"])["rougeL"] == pytest.approx(100)
     # one of two words found, one of three wanted found: F = 2 · 1/2 · 1/3 / (1/2 + 1/3)
     assert summarization.rouge(["a dog"], ["dog sat down"])["rouge1"] == pytest.approx(40)
