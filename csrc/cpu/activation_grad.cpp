@@ -1,5 +1,6 @@
 #include "activation_grad.h"
 
+#include "cpu/activations.h"
 #include "cpu/floats.h"
 #include "cpu/parallel.h"
 
@@ -24,18 +25,7 @@ void run(const ActivationGradArgs& a) {
 }  // namespace
 
 void activation_grad(const ActivationGradArgs& a) {
-  switch (a.activation) {
-    case Activation::relu:
-      return run<Activation::relu>(a);
-    case Activation::gelu:
-      return run<Activation::gelu>(a);
-    case Activation::gelu_tanh:
-      return run<Activation::gelu_tanh>(a);
-    case Activation::silu:
-      return run<Activation::silu>(a);
-    default:
-      return run<Activation::none>(a);
-  }
+  with_activation(a.activation, [&](auto kind) { run<decltype(kind)::value>(a); });
 }
 
 }  // namespace LOWP_ISA

@@ -15,8 +15,7 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;     // elements
-constexpr int64_t kAround = 1 << 24;  // bytes of y that few caches keep until they are read
+constexpr int64_t kGrain = 16384;  // elements
 
 // y[begin .. begin+n), n <= kRun: one scale for all (stride 0) or one each (stride 1).
 template <Float kType, int kStride>

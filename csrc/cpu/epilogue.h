@@ -1,6 +1,7 @@
 // Rows of fp32 sums -> bias, activation or its gradient, one rounding. Included in every product's
 // translation unit.
 #pragma once
+#include "cpu/activations.h"
 #include "cpu/floats.h"
 #include "linear.h"
 
@@ -12,42 +13,13 @@ static inline void activate_run(float* z, int n) {
   for (int j = 0; j < n; ++j) z[j] = activate<kind>(z[j]);
 }
 
-template <Activation kind>
-static inline void gradient_run(float* dz, const float* z, int n) {
-  for (int j = 0; j < n; ++j) dz[j] = activation_gradient<kind>(dz[j], z[j]);
-}
-
 // dz[n] *= the derivative at elements begin .. begin+n-1 of preact
 static inline void multiply_derivative(float* dz, int n, const Epilogue& e, int64_t begin) {
   float z[kRun];
   load_floats(e.preact, e.preact_type, begin, n, z);
-  switch (e.activation) {
-    case Activation::relu:
-      return gradient_run<Activation::relu>(dz, z, n);
-    case Activation::gelu:
-      return gradient_run<Activation::gelu>(dz, z, n);
-    case Activation::gelu_tanh:
-      return gradient_run<Activation::gelu_tanh>(dz, z, n);
-    case Activation::silu:
-      return gradient_run<Activation::silu>(dz, z, n);
-    default:
-      return gradient_run<Activation::none>(dz, z, n);
-  }
-}
-
-static inline void activate_all(float* z, int n, Activation activation) {
-  switch (activation) {
-    case Activation::relu:
-      return activate_run<Activation::relu>(z, n);
-    case Activation::gelu:
-      return activate_run<Activation::gelu>(z, n);
-    case Activation::gelu_tanh:
-      return activate_run<Activation::gelu_tanh>(z, n);
-    case Activation::silu:
-      return activate_run<Activation::silu>(z, n);
-    default:
-      return activate_run<Activation::none>(z, n);
-  }
+  with_activation(e.activation, [&](auto kind) {
+    for (int j = 0; j < n; ++j) dz[j] = activation_gradient<decltype(kind)::value>(dz[j], z[j]);
+  });
 }
 
 // z[n], n <= kRun: the sums with their bias added, of elements begin .. begin+n-1 of y;
@@ -60,7 +32,7 @@ static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin)
       activate_run<Activation::none>(z, n);
       store_floats(z, n, e.preact_type, e.preact, begin);
     }
-    activate_all(z, n, e.activation);
+    with_activation(e.activation, [&](auto kind) { activate_run<decltype(kind)::value>(z, n); });
   }
   store_floats(z, n, e.y_type, e.y, begin);
 }

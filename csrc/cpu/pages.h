@@ -13,6 +13,8 @@
 namespace lowp {
 namespace LOWP_ISA {
 
+constexpr int64_t kAround = 1 << 24;  // bytes of an output that few caches keep until it is read
+
 class FreshPages {
  public:
   FreshPages(void* p, int64_t bytes)

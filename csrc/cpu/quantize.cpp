@@ -23,7 +23,6 @@ int run_length(int64_t begin, int64_t end) {
   return static_cast<int>(end - begin < kRun ? end - begin : kRun);
 }
 
-constexpr int64_t kAround = 1 << 24;  // bytes of codes that few caches keep until they are read
 constexpr int64_t kFetched =
     1 << 18;  // bytes of a row that the second level of caches has room for
 
