@@ -19,7 +19,7 @@ from lowp.ops.quantize import quantize
 from lowp.ops.quantize_row_col import quantize_row_col
 from lowp.ops.scaled_mm import MAX_K, scaled_mm
 from lowp.recipe import Operand, Product, Recipe, recipe_of
-from lowp.weight_codes import codes_of_weight
+from lowp.weight_codes import are_shared, codes_of_weight
 
 
 class _Noise:
@@ -51,12 +51,20 @@ class _Noise:
             x, rounding, self.seed, self.step, self.tensor, row_role, col_role, 0)
         return (q, scale.reshape(-1)), (turned, turned_scale)
 
-    def weight_codes(self, w: Tensor, operand: Operand, transposed: bool) -> tuple[Tensor, Tensor]:
-        """Codes of a weight, of either kind; the passes of a step may share them."""
+    def weight_codes(self, w: Tensor, recipe: Recipe, transposed: bool) -> tuple[Tensor, Tensor]:
+        """Codes of a weight for the output, or transposed ones for the gradient of the input.
+
+        The passes of a step may share them; then one reading gives both where it can.
+        """
+        output, dgrad = recipe.product("output"), recipe.product("grad_input")
+        operand = dgrad.right if transposed else output.right
         bits = None
         if operand.rounding == "stochastic":
             step = int(self.step) if self.step.device.type == "cpu" else self.step  # waits for none
             bits = self.seed, step, self.tensor
+        if are_shared(w) and _are_read_together(output, output.right, dgrad, dgrad.right):
+            return codes_of_weight(w, (operand, bits), lambda: self.both_codes(
+                w, operand.rounding, Role.WEIGHT_CODES, Role.WEIGHT_CODES))[transposed]
         make = self.transposed_codes if transposed else self.codes
         return codes_of_weight(w, (operand, transposed, bits),
                                lambda: make(w, operand, Role.WEIGHT_CODES))
@@ -74,7 +82,7 @@ def _forward(x: Tensor, x_codes: tuple[Tensor, Tensor] | None, w: Tensor, bias: 
     if not product.is_int8:
         return float_products.output(x, w, bias, activation, product, save_preact)
     codes, scale = x_codes or noise.codes(x, product.left, Role.X_CODES)
-    w_codes, w_scale = noise.weight_codes(w, product.right, False)
+    w_codes, w_scale = noise.weight_codes(w, recipe, False)
     y, preact = scaled_mm(codes, w_codes, scale, w_scale, bias, activation, x.dtype, save_preact)
     return y, preact
 
@@ -86,7 +94,7 @@ def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, o
     if not product.is_int8:
         return float_products.grad_input(dz, w, None, "none", out, product)
     codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
-    w_codes, w_scale = noise.weight_codes(w, product.right, True)
+    w_codes, w_scale = noise.weight_codes(w, recipe, True)
     dx: Tensor = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
     return dx
 

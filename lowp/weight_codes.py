@@ -1,15 +1,15 @@
 """Codes of weights that all forward and backward passes of one training step share.
 
 A hybrid step multiplies by the same weights once for each objective. Inside
-:func:`shared_weight_codes` each weight is quantized once in each layout, to the very codes that it
-would get every time. Held codes take a byte a weight and layout until the block ends.
+:func:`shared_weight_codes` each weight is quantized once, by row and by column, to the very codes
+that it would get every time. Held codes take two bytes a weight until the block ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowp.key import clock, is_capturing
 
-Codes = tuple[Tensor, Tensor]  # int8 codes and fp32 scales
+Codes = TypeVar("Codes")
 
 
 class _Held(NamedTuple):
@@ -26,7 +26,7 @@ class _Held(NamedTuple):
     version: int
     address: int
     step: Tensor
-    codes: Codes
+    codes: object
 
 
 class WeightCodes:
@@ -69,20 +69,27 @@ def shared_weight_codes(store: WeightCodes | None = None) -> Iterator[WeightCode
         _active.remove(chosen)
 
 
+def are_shared(w: Tensor) -> bool:
+    """Whether codes of this weight are kept for further passes."""
+    # A graph must quantize the weight that its replay finds.
+    return bool(_active) and not (torch.compiler.is_compiling() or w.is_inference()
+                                  or is_capturing())
+
+
 def codes_of_weight(w: Tensor, key: Hashable, make: Callable[[], Codes]) -> Codes:
     """``make()``, or what it gave before for this weight.
 
     Args:
         key: everything but the weight's values that the codes depend on.
     """
-    if not _active or torch.compiler.is_compiling() or w.is_inference() or is_capturing():
-        return make()  # a graph must quantize the weight that its replay finds
+    if not are_shared(w):
+        return make()
     store = _active[-1]
     entries: dict[Hashable, _Held] = store.held.setdefault(w, {})
     held = entries.get(key)
     now = w._version, w.data_ptr()
     if held is not None and (held.version, held.address) == now and held.step is clock.step:
-        return held.codes
+        return cast("Codes", held.codes)
     codes = make()
     store.made += 1
     entries[key] = _Held(*now, clock.step, codes)

@@ -9,8 +9,8 @@ namespace lowp {
 namespace LOWP_ISA {
 
 template <Activation kind>
-static inline void activate_run(float* z, int n) {
-  for (int j = 0; j < n; ++j) z[j] = activate<kind>(z[j]);
+static inline void activate_run(const float* z, int n, float* y) {
+  for (int j = 0; j < n; ++j) y[j] = activate<kind>(z[j]);
 }
 
 // dz[n] *= the derivative at elements begin .. begin+n-1 of preact
@@ -27,22 +27,21 @@ static inline void multiply_derivative(float* dz, int n, const Epilogue& e, int6
 static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin) {
   if (e.backward) {
     multiply_derivative(z, n, e, begin);
-  } else {
-    if (e.preact != nullptr) {
-      activate_run<Activation::none>(z, n);
-      store_floats(z, n, e.preact_type, e.preact, begin);
-    }
-    with_activation(e.activation, [&](auto kind) { activate_run<decltype(kind)::value>(z, n); });
+    return store_floats(z, n, e.y_type, e.y, begin);
   }
-  store_floats(z, n, e.y_type, e.y, begin);
+  if (e.preact != nullptr) {
+    activate_run<Activation::none>(z, n, z);
+    store_floats(z, n, e.preact_type, e.preact, begin);
+  }
+  float* const y = e.y_type == Float::fp32 ? static_cast<float*>(e.y) + begin : z;
+  with_activation(e.activation, [&](auto kind) { activate_run<decltype(kind)::value>(z, n, y); });
+  if (e.y_type != Float::fp32) store_floats(z, n, e.y_type, e.y, begin);
 }
 
-// z[j] += bias[column + j]; nothing without a bias, so that -0 stays
-static inline void add_bias(const Epilogue& e, int64_t column, int n, float* z) {
-  if (e.bias == nullptr) return;
-  float bias[kRun];
-  load_floats(e.bias, e.bias_type, column, n, bias);
-  for (int j = 0; j < n; ++j) z[j] += bias[j];
+// bias[n] of columns column .. column+n-1; -0 where there is none, to which any sum is added as is
+static inline void load_bias(const Epilogue& e, int64_t column, int n, float* bias) {
+  if (e.bias != nullptr) return load_floats(e.bias, e.bias_type, column, n, bias);
+  for (int j = 0; j < n; ++j) bias[j] = -0.0f;
 }
 
 }  // namespace LOWP_ISA

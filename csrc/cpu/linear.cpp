@@ -27,8 +27,10 @@ struct Fp32Math {
     if (rows == kCols) return load_floats(x.data, x.type, at, kCols, out);  // whole registers
     load_floats(x.data, x.type, at, rows, out);
   }
-  static void prepare_a(float*, int) {}
-  static void add_offsets(const float*, int, int32_t*) {}
+  static bool takes_rows(const Operand&, int64_t) { return false; }
+  static void prepare_b(float*, int) {}
+  static constexpr bool kHasOffsets = false;
+  static uint32_t row_offset(const char*, int) { return 0; }
   static void begin_thread() {}
   static void end_thread() {}
   static bool multiply_column(const float*, const float*, int, int, bool, float*) { return false; }
@@ -74,10 +76,12 @@ using Bf16Math = Fp32Math;
 }  // namespace
 
 void product(const ProductArgs& p) {
-  const auto finish = [&](int64_t m, int rows, int64_t n, int cols, Panels& panels) {
+  const auto finish = [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t*) {
+    float bias[kBlockN];
+    load_bias(p.epilogue, n, cols, bias);
     for (int r = 0; r < rows; ++r) {
-      float* z = panels.sums + r * kBlockN;
-      add_bias(p.epilogue, n, cols, z);
+      float* z = sums + r * kBlockN;
+      for (int j = 0; j < cols; ++j) z[j] += bias[j];
       finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
     }
   };
@@ -91,12 +95,13 @@ void product(const ProductArgs& p) {
 void linear_epilogue(const EpilogueArgs& a) {
   parallel_for(a.M, a.N > 4096 ? 1 : 4096 / (a.N + 1) + 1, a.threads,
                [&](int64_t begin, int64_t end) {
-                 float z[kRun];
+                 float z[kRun], bias[kRun];
                  for (int64_t m = begin; m < end; ++m) {
                    for (int64_t n = 0; n < a.N; n += kRun) {
                      const int cols = at_most(a.N - n, kRun);
                      load_floats(a.sums, Float::fp32, m * a.N + n, cols, z);
-                     add_bias(a.epilogue, n, cols, z);
+                     load_bias(a.epilogue, n, cols, bias);
+                     for (int j = 0; j < cols; ++j) z[j] += bias[j];
                      finish_run(z, cols, a.epilogue, m * a.N + n);
                    }
                  }

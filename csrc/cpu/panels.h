@@ -6,9 +6,10 @@
 //   pack_across(x, at, stride, rows, values, out)   one unit of each of `rows` adjacent rows, of
 //   which
 //                                       value v lies at x[at + v * stride + row]
-//   prepare_a(row, units)               what only the left side needs
+//   takes_rows(x, K)                    whether rows of the left side are units where they lie
+//   prepare_b(units, n)                 what only the right side needs
 //   Sum, zero, load_sum, store_sum, add, multiply_add(units of a, units of b, sum)
-//   add_offsets(b, units, offsets)      what finish() must take off each column's sums
+//   kHasOffsets, row_offset(a, units)   what finish() must take off each of a row's sums
 //   begin_thread, multiply_column, end_thread   AMX, where it runs (cpu/amx.h)
 #pragma once
 #include <stdint.h>
@@ -16,6 +17,7 @@
 #include <string.h>
 
 #include <memory>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
@@ -35,7 +37,8 @@ constexpr int kBlockM = 336;
 #endif
 constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockN = 256;
-constexpr int kDepth = 128;  // units; all panels fit an L2 of 1 MB
+constexpr int kDepth = 128;  // units
+constexpr int kHeld = 8;     // panels of b that the blocks of the same columns share
 constexpr int kRowPad =
     kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
 constexpr int kLinePad = kBlockM + kLanes;
@@ -45,9 +48,8 @@ static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols =
 // What one thread works in. Units and sums are 32 bits wide whatever they hold.
 struct alignas(64) Panels {
   float a[kBlockM * kRowPad];      // [kBlockM][kRowPad]
-  float b[kBlockN * kDepth];       // tiles [kDepth][kCols]
+  float b[kHeld][kBlockN * kDepth];  // tiles [kDepth][kCols]
   float sums[kBlockM * kBlockN];   // [kBlockM][kBlockN]
-  int32_t offsets[kBlockN];        // what Math::add_offsets collects over all of K
   float lines[kLanes * kLinePad];  // [kLanes][kLinePad], units that wait to be transposed
 };
 static_assert(kDepth < kLinePad, "a line holds a unit of every row, or the units of one");
@@ -98,42 +100,43 @@ static void pack_lanes(const Operand& x, int64_t row, int rows, int64_t k, int64
   }
 }
 
-// Rows m .. m+rows, values k .. last, as [row][unit]; zeros fill up the last kLanes units.
+// Rows m .. m+rows, values k .. last, as to[row][unit]; zeros fill up the last kLanes units.
 template <class Math>
-static void pack_a(const Operand& x, int64_t m, int rows, int64_t k, int64_t last, Panels& p) {
+static void pack_a(const Operand& x, int64_t m, int rows, int64_t k, int64_t last, float* lines,
+                   float* to) {
   const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
   const int padded = (units + kLanes - 1) / kLanes * kLanes;
   if (x.k_stride == 1) {
     for (int r = 0; r < rows; ++r) {
-      float* out = p.a + r * kRowPad;
+      float* out = to + r * kRowPad;
       Math::pack_row(x, element_of(x, m + r, k), static_cast<int>(last - k), out);
       memset(out + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
-      Math::prepare_a(out, units);
     }
     return;
   }
   for (int u = 0; u < padded; u += kLanes) {
-    pack_lanes<Math>(x, m, rows, k + int64_t{u} * Math::kValues, last, p.lines);
+    pack_lanes<Math>(x, m, rows, k + int64_t{u} * Math::kValues, last, lines);
     for (int r = 0; r < rows; r += kLanes) {
-      transpose_square(p.lines + r, kLinePad, p.a + r * kRowPad + u, kRowPad);
+      transpose_square(lines + r, kLinePad, to + r * kRowPad + u, kRowPad);
     }
   }
-  for (int r = 0; r < rows; ++r) Math::prepare_a(p.a + r * kRowPad, units);
 }
 
 // Rows n .. n+rows, values k .. last, as tiles [unit][kCols]; zeros fill up the last kLanes units.
 template <class Math>
-static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t last, Panels& p) {
+static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t last, float* lines,
+                   float* to) {
   const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
   const int padded = (units + kLanes - 1) / kLanes * kLanes;
   if (x.k_stride != 1) {
     for (int u = 0; u < padded; ++u, k += Math::kValues) {
       const int values = at_most(last - k, Math::kValues);
       for (int c = 0; c < rows; c += kCols) {
-        float* out = p.b + c * kDepth + u * kCols;
+        float* out = to + c * kDepth + u * kCols;
         if (values > 0) {
-          Math::pack_across(x, element_of(x, n + c, k), x.k_stride, at_most(rows - c, kCols),
-                            values, out);
+          const int across = at_most(rows - c, kCols);
+          Math::pack_across(x, element_of(x, n + c, k), x.k_stride, across, values, out);
+          Math::prepare_b(out, across);
         } else {
           memset(out, 0, sizeof(float) * kCols);
         }
@@ -142,24 +145,28 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
     return;
   }
   for (int c = 0; c < rows; c += kLanes) {
-    const int lines = at_most(rows - c, kLanes);
-    for (int r = 0; r < lines; ++r) {
-      float* line = p.lines + r * kLinePad;
+    for (int r = 0; r < at_most(rows - c, kLanes); ++r) {
+      float* line = lines + r * kLinePad;
       Math::pack_row(x, element_of(x, n + c + r, k), static_cast<int>(last - k), line);
       memset(line + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
+      Math::prepare_b(line, units);
     }
-    float* out = p.b + c / kCols * kCols * kDepth + c % kCols;
+    float* out = to + c / kCols * kCols * kDepth + c % kCols;
     for (int u = 0; u < padded; u += kLanes) {
-      transpose_square(p.lines + u, kLinePad, out + u * kCols, kCols);
+      transpose_square(lines + u, kLinePad, out + u * kCols, kCols);
     }
   }
 }
 
 // sums[kTall][kCols] (stride kBlockN) = what they were, or 0 at first, + a tile * b tile. The
 // product of a panel is summed by itself, so an fp32 error grows with kDepth + K / kDepth, not with
-// K.
+// K. a's rows lie `stride` bytes apart, at any address.
 template <class Math, int kTall>
-static void multiply_tile(const float* a, const float* b, int units, bool first, float* sums) {
+static void multiply_tile(const char* a, int64_t stride, const float* b, int units, bool first,
+                          float* sums) {
+  constexpr int kBases = (kTall + 2) / 3;  // an address may have a stride in it once or twice
+  const char* bases[kBases];
+  for (int i = 0; i < kBases; ++i) bases[i] = a + 3 * i * stride;
   typename Math::Sum acc[kTall][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kTall; ++r) {
@@ -174,10 +181,12 @@ static void multiply_tile(const float* a, const float* b, int units, bool first,
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + u * kCols + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTall; ++r) {
-      const Vec left = broadcast(a + r * kRowPad + u);
+      const Vec left = broadcast_unit(bases[r / 3] + r % 3 * stride);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Math::multiply_add(left, right[v], acc[r][v]);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) bases[i] += sizeof(float);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTall; ++r) {
@@ -189,36 +198,48 @@ static void multiply_tile(const float* a, const float* b, int units, bool first,
   }
 }
 
-// p.sums[rows][cols] = a's rows m .. times b's rows n .. over all of K.
+// p.sums[rows][cols] = a's rows m .. times b's rows n .. over all of K. b_held: whether the block
+// before had the same columns. offsets[rows] += Math::row_offset over all of K, unless they are
+// null.
 template <class Math>
 static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_t m, int rows,
-                           int64_t n, int cols, Panels& p) {
+                           int64_t n, int cols, bool b_held, uint32_t* offsets, Panels& p) {
   if (K == 0) memset(p.sums, 0, sizeof p.sums);
-  memset(p.offsets, 0, sizeof p.offsets);
   constexpr int64_t kValues = int64_t{kDepth} * Math::kValues;
+  const int lying = Math::takes_rows(a, K) ? rows / kRows * kRows : 0;  // the others are packed
   for (int64_t k = 0; k < K; k += kValues) {
     const int64_t last = k + kValues < K ? k + kValues : K;
     const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
-    pack_a<Math>(a, m, rows, k, last, p);
-    pack_b<Math>(b, n, cols, k, last, p);
+    float* const packed = p.b[k / kValues % kHeld];
+    if (!b_held || K > kHeld * kValues) pack_b<Math>(b, n, cols, k, last, p.lines, packed);
+    pack_a<Math>(a, m + lying, rows - lying, k, last, p.lines, p.a + lying * kRowPad);
+    const auto stride_of = [&](int r) {
+      return r < lying ? a.row_stride : int64_t{kRowPad * sizeof(float)};
+    };
+    const auto row_of = [&](int r) {
+      const void* packed_row = p.a + r * kRowPad;
+      return static_cast<const char*>(r < lying ? a.data : packed_row) +
+             (r < lying ? element_of(a, m + r, k) : 0);
+    };
+    for (int r = 0; r < rows && offsets != nullptr; ++r) {
+      offsets[r] += Math::row_offset(row_of(r), units);
+    }
     for (int c = 0; c < cols; c += kCols) {
-      const float* right = p.b + c * kDepth;
+      const float* right = packed + c * kDepth;
       if (Math::multiply_column(p.a, right, rows, units, k == 0, p.sums + c)) continue;
-      Math::add_offsets(right, units, p.offsets + c);
       for (int r = 0; r < rows; r += kRows) {
-        const float* left = p.a + r * kRowPad;
         float* sums = p.sums + r * kBlockN + c;
         if (rows - r > kRows / 2) {
-          multiply_tile<Math, kRows>(left, right, units, k == 0, sums);
+          multiply_tile<Math, kRows>(row_of(r), stride_of(r), right, units, k == 0, sums);
         } else {  // what is left of few rows fits half a tile
-          multiply_tile<Math, kRows / 2>(left, right, units, k == 0, sums);
+          multiply_tile<Math, kRows / 2>(row_of(r), stride_of(r), right, units, k == 0, sums);
         }
       }
     }
   }
 }
 
-// finish(m, rows, n, cols, panels) for every block of the product, each once, on some thread.
+// finish(m, rows, n, cols, sums, offsets) for every block of the product, each once, on some thread.
 template <class Math, class Finish>
 static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
                      int threads, const Finish& finish) {
@@ -233,11 +254,16 @@ static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, i
   parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
     Panels* p = panels_of_thread();
     Math::begin_thread();
+    int64_t held = -1;  // the columns that b's panels are of
+    std::vector<uint32_t> offsets(Math::kHasOffsets ? static_cast<size_t>(down * height) : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % down * height, n = i / down * width;
       const int rows = at_most(M - m, height), cols = at_most(N - n, width);
-      multiply_block<Math>(a, b, K, m, rows, n, cols, *p);
-      finish(m, rows, n, cols, *p);
+      uint32_t* const offset = Math::kHasOffsets ? &offsets[static_cast<size_t>(m)] : nullptr;
+      const bool is_first = i - begin < down;  // of the blocks of these rows
+      multiply_block<Math>(a, b, K, m, rows, n, cols, n == held, is_first ? offset : nullptr, *p);
+      held = n;
+      finish(m, rows, n, cols, p->sums, offset);
     }
     Math::end_thread();
   });

@@ -10,19 +10,17 @@ namespace LOWP_ISA {
 namespace {
 
 #if defined(__AVX512VNNI__)
-// vpdpbusd wants its left side unsigned: a + 128, whose surplus of 128 sum(b) is taken off at the
-// end.
+// vpdpbusd wants one side unsigned: b + 128, whose surplus of 128 sum(a) is taken off at the end.
+// So rows of a, the longer side of most products, are read where they lie.
 struct Int8Math {
   using Sum = __m512i;
   static constexpr int kValues = 4;
-  static constexpr int kSurplus = 128;
-  static constexpr int kChains = 4;  // sums side by side, to hide the latency of vpdpbusd
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum load_sum(const float* p) { return _mm512_loadu_si512(p); }
   static void store_sum(float* p, Sum s) { _mm512_storeu_si512(p, s); }
   static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static Sum multiply_add(Vec a, Vec b, Sum s) {
-    return _mm512_dpbusd_epi32(s, _mm512_castps_si512(a), _mm512_castps_si512(b));
+    return _mm512_dpbusd_epi32(s, _mm512_castps_si512(b), _mm512_castps_si512(a));
   }
 
   static void pack_row(const Operand& x, int64_t at, int values, float* out) {
@@ -39,29 +37,23 @@ struct Int8Math {
       out[r] = bits_float(unit);
     }
   }
-  static void prepare_a(float* row, int units) {
-    if (cpu::isa() == Isa::amx) return;
-    for (int u = 0; u < units; ++u) row[u] = bits_float(float_bits(row[u]) ^ 0x80808080u);
+  static bool takes_rows(const Operand& x, int64_t K) {
+    return x.k_stride == 1 && K % kValues == 0 && cpu::isa() != Isa::amx;  // whole units only
   }
-  static void add_offsets(const float* b, int units, int32_t* offsets) {
-    const Vec ones = _mm512_castsi512_ps(_mm512_set1_epi8(1));
-    Sum sums[kChains][kVecs];
-    for (auto& chain : sums) {
-      for (Sum& sum : chain) sum = zero();
+  static void prepare_b(float* units, int n) {
+    if (cpu::isa() == Isa::amx) return;  // which multiplies signed values
+    for (int u = 0; u < n; ++u) units[u] = bits_float(float_bits(units[u]) ^ 0x80808080u);
+  }
+  static constexpr bool kHasOffsets = true;
+  static uint32_t row_offset(const char* row, int units) {
+    if (cpu::isa() == Isa::amx) return 0;
+    const __m512i ones = _mm512_set1_epi8(1);
+    Sum sum = zero();
+    for (int u = 0; u < units; u += kLanes) {
+      const __mmask16 inside = static_cast<__mmask16>((1u << at_most(units - u, kLanes)) - 1);
+      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi32(inside, row + 4 * u));
     }
-    for (int u = 0; u < (units + kLanes - 1) / kLanes * kLanes; u += kChains) {
-      for (int i = 0; i < kChains; ++i) {
-        for (int v = 0; v < kVecs; ++v) {
-          sums[i][v] = multiply_add(ones, load(b + (u + i) * kCols + v * kLanes), sums[i][v]);
-        }
-      }
-    }
-    for (int v = 0; v < kVecs; ++v) {
-      int32_t* at = offsets + v * kLanes;
-      Sum total = _mm512_loadu_si512(at);
-      for (int i = 0; i < kChains; ++i) total = add(total, sums[i][v]);
-      _mm512_storeu_si512(at, total);
-    }
+    return 128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(sum));
   }
   static void begin_thread() {
     if (cpu::isa() == Isa::amx) amx_begin();
@@ -80,7 +72,6 @@ struct Int8Math {
 // Pairs of int16, whose products vpmaddwd adds without saturation (vpmaddubsw would saturate).
 struct Int8Math {
   static constexpr int kValues = 2;
-  static constexpr int kSurplus = 0;
 #ifdef __AVX2__
   using Sum = __m256i;
   static Sum zero() { return _mm256_setzero_si256(); }
@@ -117,8 +108,10 @@ struct Int8Math {
     const int8_t* high = low + stride;
     for (int r = 0; r < rows; ++r) out[r] = unit(low[r], values > 1 ? high[r] : int8_t{0});
   }
-  static void prepare_a(float*, int) {}
-  static void add_offsets(const float*, int, int32_t*) {}
+  static bool takes_rows(const Operand&, int64_t) { return false; }
+  static void prepare_b(float*, int) {}
+  static constexpr bool kHasOffsets = false;
+  static uint32_t row_offset(const char*, int) { return 0; }
   static void begin_thread() {}
   static void end_thread() {}
   static bool multiply_column(const float*, const float*, int, int, bool, float*) { return false; }
@@ -131,20 +124,20 @@ void scaled_mm(const ScaledMmArgs& p) {
   const Operand a{p.a, Float::fp32, p.a_row_stride, p.a_k_stride};  // the type is not looked at
   const Operand b{p.b, Float::fp32, p.b_row_stride, p.b_k_stride};
   multiply<Int8Math>(a, b, p.M, p.N, p.K, p.threads,
-                     [&](int64_t m, int rows, int64_t n, int cols, Panels& panels) {
-                       float col_scale[kBlockN];
+                     [&](int64_t m, int rows, int64_t n, int cols, float* sums,
+                         const uint32_t* offsets) {
+                       float col_scale[kBlockN], bias[kBlockN];
+                       load_bias(p.epilogue, n, cols, bias);
                        for (int j = 0; j < cols; ++j)
                          col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
                        for (int r = 0; r < rows; ++r) {
-                         float* z = panels.sums + r * kBlockN;
+                         float* z = sums + r * kBlockN;
                          const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
+                         const uint32_t offset = Int8Math::kHasOffsets ? offsets[r] : 0;
                          for (int j = 0; j < cols; ++j) {
-                           const uint32_t surplus =
-                               uint32_t{Int8Math::kSurplus} * uint32_t(panels.offsets[j]);
-                           const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - surplus);
-                           z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j];
+                           const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - offset);
+                           z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j] + bias[j];
                          }
-                         add_bias(p.epilogue, n, cols, z);
                          finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
                        }
                      });

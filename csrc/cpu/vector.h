@@ -38,6 +38,13 @@ static inline Vec add(Vec a, Vec b) { return _mm_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 #endif
 
+// A 32-bit unit at any address.
+static inline Vec broadcast_unit(const char* p) {
+  float unit;
+  memcpy(&unit, p, sizeof unit);
+  return broadcast(&unit);
+}
+
 // out[i] = the bytes i of four lines, the first one lowest
 static inline void interleave_bytes(const uint8_t* line, int64_t stride, int n,
                                     float* __restrict out) {
