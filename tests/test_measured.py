@@ -46,6 +46,7 @@ def reasons(tmp_path, monkeypatch):
 
 
 def forget() -> None:
+    backend._of_environment.cache_clear()
     measured._table.cache_clear()
     measured._nearest.cache_clear()
 
@@ -86,6 +87,7 @@ def test_what_cannot_run_is_not_chosen(reasons):
 def test_lowp_backend_overrides_it(reasons, monkeypatch):
     for name in ("cuda", "triton"):
         monkeypatch.setenv("LOWP_BACKEND", name)
+        forget()
         for tokens in (16, 64):
             assert chosen("linear", tokens, 4096, 4096) == name
 

@@ -47,17 +47,17 @@ def _check(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Ten
     for name, codes in (("a", a), ("b", b)):
         if codes.dtype != torch.int8:
             raise TypeError(f"lowp::scaled_mm: {name} must be int8, got {codes.dtype}")
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+    left, right = a.shape, b.shape
+    if len(left) != 2 or len(right) != 2 or left[1] != right[1]:
         raise ValueError(
-            f"lowp::scaled_mm: expected a [M, K] and b [N, K], got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}"
+            f"lowp::scaled_mm: expected a [M, K] and b [N, K], got {tuple(left)} and {tuple(right)}"
         )
-    if a.shape[1] > MAX_K:
+    if left[1] > MAX_K:
         raise ValueError(
             f"lowp::scaled_mm: K must be at most {MAX_K}, beyond which int32 sums may overflow, "
-            f"got {a.shape[1]}"
+            f"got {left[1]}"
         )
-    scales = (("row_scale", row_scale, a.shape[0]), ("col_scale", col_scale, b.shape[0]))
+    scales = (("row_scale", row_scale, left[0]), ("col_scale", col_scale, right[0]))
     for name, scale, size in scales:
         if scale.dtype != torch.float32:
             raise TypeError(f"lowp::scaled_mm: {name} must be float32, got {scale.dtype}")
@@ -65,7 +65,7 @@ def _check(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Ten
             raise ValueError(
                 f"lowp::scaled_mm: {name} must have {size} elements or 1, got {tuple(scale.shape)}"
             )
-    require_bias("scaled_mm", bias, b.shape[0])
+    require_bias("scaled_mm", bias, right[0])
     require_choice("scaled_mm", "activation", activation, ACTIVATIONS)
     require_float_dtype("scaled_mm", "out_dtype", out_dtype)
 
