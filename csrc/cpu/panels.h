@@ -30,56 +30,76 @@ namespace LOWP_ISA {
 constexpr int kVecs = 2;
 #if defined(__AVX512F__)
 constexpr int kRows = 14;
-constexpr int kBlockM = 448;  // a multiple of kRows and of AMX's 32
+constexpr int kBlockM = 224;  // a multiple of kRows and of AMX's 32
 #else
 constexpr int kRows = 6;
-constexpr int kBlockM = 336;
+constexpr int kBlockM = 168;
 #endif
 constexpr int kCols = kVecs * kLanes;
-constexpr int kBlockN = 256;
-constexpr int kDepth = 128;  // units
-constexpr int kHeld = 8;     // panels of b that the blocks of the same columns share
+constexpr int kBlockN = 512;
+constexpr int kDepth = 128;  // units; sums, a panel of a and one of b fit an L2 of 1 MB
+constexpr int kHeld = 16;    // panels of b that the blocks of the same columns share
 constexpr int kRowPad =
     kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
 constexpr int kLinePad = kBlockM + kLanes;
 static_assert(kBlockM % kRows == 0 && kBlockM % kLanes == 0 && kBlockN % kCols == 0,
               "blocks hold whole tiles");
 
-// What one thread works in. Units and sums are 32 bits wide whatever they hold.
+// What one thread works in, up to 5 MB of it. Units and sums are 32 bits wide whatever they hold.
 struct alignas(64) Panels {
-  float a[kBlockM * kRowPad];      // [kBlockM][kRowPad]
+  float a[kBlockM * kRowPad];        // [kBlockM][kRowPad]
   float b[kHeld][kBlockN * kDepth];  // tiles [kDepth][kCols]
-  float sums[kBlockM * kBlockN];   // [kBlockM][kBlockN]
-  float lines[kLanes * kLinePad];  // [kLanes][kLinePad], units that wait to be transposed
+  float sums[kBlockM * kBlockN];     // [kBlockM][kBlockN]
+  int64_t held;                      // the first of the columns that b's panels are of, or -1
+  float lines[kLanes * kLinePad];    // [kLanes][kLinePad], units that wait to be transposed
 };
 static_assert(kDepth < kLinePad, "a line holds a unit of every row, or the units of one");
 
 // Kept from call to call: the pages of a fresh one cost more than a small product. Zeros at first,
 // as tiles are multiplied whole and what malloc leaves beyond a block's edge may be subnormal
-// numbers, each of which costs the adders a hundred cycles.
+// numbers, each of which costs the adders a hundred cycles; calloc's take no memory until used.
 static inline Panels* panels_of_thread() {
   struct Free {
-    void operator()(Panels* p) const { free(p); }
+    void operator()(void* p) const { free(p); }
   };
-  static thread_local std::unique_ptr<Panels, Free> held;
-  if (!held) {
-    void* memory = aligned_alloc(alignof(Panels), sizeof(Panels));
-    held.reset(static_cast<Panels*>(memset(memory, 0, sizeof(Panels))));
-  }
-  return held.get();
+  static thread_local std::unique_ptr<void, Free> held;
+  constexpr size_t kAlign = alignof(Panels);
+  if (!held) held.reset(calloc(1, sizeof(Panels) + kAlign));
+  const uintptr_t start = reinterpret_cast<uintptr_t>(held.get());
+  return reinterpret_cast<Panels*>((start + kAlign - 1) / kAlign * kAlign);
 }
 
 static inline int at_most(int64_t n, int64_t limit) {
   return static_cast<int>(n < limit ? n : limit);
 }
 
-// Blocks are made lower than kBlockM, so that every thread gets one, where that pays.
-constexpr int64_t kLeastHeight = 4 * kRows, kLeastShared = 1 << 22;
-
 // n cut into equal pieces of at most `limit`, each but the last a multiple of `tile`.
 static inline int64_t even_block(int64_t n, int64_t limit, int64_t tile) {
   const int64_t pieces = n > limit ? (n + limit - 1) / limit : 1;
   return ((n + pieces - 1) / pieces + tile - 1) / tile * tile;
+}
+
+struct Shape {
+  int64_t height, width;
+};
+
+// Of a block: smaller than kBlockM x kBlockN where that spares the busiest thread a sixteenth;
+// first narrower, since blocks of the same columns share their panels of b.
+static inline Shape block_shape(int64_t M, int64_t N, int64_t threads) {
+  constexpr int64_t kLeastHeight = 4 * kRows, kLeastWidth = kBlockN / 4;
+  const auto sums_of_busiest = [&](const Shape& s) {
+    const int64_t blocks = ((M + s.height - 1) / s.height) * ((N + s.width - 1) / s.width);
+    return (blocks + threads - 1) / threads * s.height * s.width;
+  };
+  const int64_t highest = even_block(M, kBlockM, kRows);
+  Shape best{highest, even_block(N, kBlockN, kCols)};
+  for (int64_t height = highest; height == highest || height >= kLeastHeight; height -= kRows) {
+    for (int64_t limit = kBlockN; limit >= kLeastWidth; limit /= 2) {
+      const Shape s{height, even_block(N, limit, kCols)};
+      if (sums_of_busiest(s) * 16 <= sums_of_busiest(best) * 15) best = s;
+    }
+  }
+  return best;
 }
 
 static inline int64_t element_of(const Operand& x, int64_t row, int64_t k) {
@@ -198,20 +218,20 @@ static void multiply_tile(const char* a, int64_t stride, const float* b, int uni
   }
 }
 
-// p.sums[rows][cols] = a's rows m .. times b's rows n .. over all of K. b_held: whether the block
-// before had the same columns. offsets[rows] += Math::row_offset over all of K, unless they are
-// null.
+// p.sums[rows][cols] = a's rows m .. times b's rows n .. over all of K. holds_b: whether b's panels
+// are kept, each in a place of its own, for further blocks of the same columns. offsets[rows] +=
+// Math::row_offset over all of K, unless they are null.
 template <class Math>
 static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_t m, int rows,
-                           int64_t n, int cols, bool b_held, uint32_t* offsets, Panels& p) {
+                           int64_t n, int cols, bool holds_b, uint32_t* offsets, Panels& p) {
   if (K == 0) memset(p.sums, 0, sizeof p.sums);
   constexpr int64_t kValues = int64_t{kDepth} * Math::kValues;
   const int lying = Math::takes_rows(a, K) ? rows / kRows * kRows : 0;  // the others are packed
   for (int64_t k = 0; k < K; k += kValues) {
     const int64_t last = k + kValues < K ? k + kValues : K;
     const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
-    float* const packed = p.b[k / kValues % kHeld];
-    if (!b_held || K > kHeld * kValues) pack_b<Math>(b, n, cols, k, last, p.lines, packed);
+    float* const packed = p.b[holds_b ? k / kValues : 0];
+    if (!holds_b || p.held != n) pack_b<Math>(b, n, cols, k, last, p.lines, packed);
     pack_a<Math>(a, m + lying, rows - lying, k, last, p.lines, p.a + lying * kRowPad);
     const auto stride_of = [&](int r) {
       return r < lying ? a.row_stride : int64_t{kRowPad * sizeof(float)};
@@ -237,32 +257,31 @@ static void multiply_block(const Operand& a, const Operand& b, int64_t K, int64_
       }
     }
   }
+  p.held = n;
 }
 
-// finish(m, rows, n, cols, sums, offsets) for every block of the product, each once, on some thread.
+// finish(m, rows, n, cols, sums, offsets) for every block of the product, each once, on some
+// thread.
 template <class Math, class Finish>
 static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
                      int threads, const Finish& finish) {
   if (M == 0 || N == 0) return;
-  const int64_t width = even_block(N, kBlockN, kCols), across = (N + width - 1) / width;
-  int64_t height = even_block(M, kBlockM, kRows);
-  const auto blocks_down = [&] { return (M + height - 1) / height; };
-  while (blocks_down() * across < threads && height > kLeastHeight && M * N * K > kLeastShared) {
-    height = even_block(M, height / 2, kRows);
-  }
-  const int64_t down = blocks_down();
+  constexpr int64_t kLeastShared = 1 << 22;  // multiplications
+  const Shape block = block_shape(M, N, M * N * K < kLeastShared ? 1 : threads);
+  const int64_t height = block.height, width = block.width;
+  const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;
+  const bool holds_b = down > 1 && K <= int64_t{kHeld} * kDepth * Math::kValues;
   parallel_for(down * across, 1, threads, [&](int64_t begin, int64_t end) {
     Panels* p = panels_of_thread();
     Math::begin_thread();
-    int64_t held = -1;  // the columns that b's panels are of
+    p->held = -1;
     std::vector<uint32_t> offsets(Math::kHasOffsets ? static_cast<size_t>(down * height) : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % down * height, n = i / down * width;
       const int rows = at_most(M - m, height), cols = at_most(N - n, width);
       uint32_t* const offset = Math::kHasOffsets ? &offsets[static_cast<size_t>(m)] : nullptr;
       const bool is_first = i - begin < down;  // of the blocks of these rows
-      multiply_block<Math>(a, b, K, m, rows, n, cols, n == held, is_first ? offset : nullptr, *p);
-      held = n;
+      multiply_block<Math>(a, b, K, m, rows, n, cols, holds_b, is_first ? offset : nullptr, *p);
       finish(m, rows, n, cols, p->sums, offset);
     }
     Math::end_thread();

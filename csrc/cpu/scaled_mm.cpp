@@ -123,24 +123,23 @@ struct Int8Math {
 void scaled_mm(const ScaledMmArgs& p) {
   const Operand a{p.a, Float::fp32, p.a_row_stride, p.a_k_stride};  // the type is not looked at
   const Operand b{p.b, Float::fp32, p.b_row_stride, p.b_k_stride};
-  multiply<Int8Math>(a, b, p.M, p.N, p.K, p.threads,
-                     [&](int64_t m, int rows, int64_t n, int cols, float* sums,
-                         const uint32_t* offsets) {
-                       float col_scale[kBlockN], bias[kBlockN];
-                       load_bias(p.epilogue, n, cols, bias);
-                       for (int j = 0; j < cols; ++j)
-                         col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
-                       for (int r = 0; r < rows; ++r) {
-                         float* z = sums + r * kBlockN;
-                         const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
-                         const uint32_t offset = Int8Math::kHasOffsets ? offsets[r] : 0;
-                         for (int j = 0; j < cols; ++j) {
-                           const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - offset);
-                           z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j] + bias[j];
-                         }
-                         finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
-                       }
-                     });
+  multiply<Int8Math>(
+      a, b, p.M, p.N, p.K, p.threads,
+      [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t* offsets) {
+        float col_scale[kBlockN], bias[kBlockN];
+        load_bias(p.epilogue, n, cols, bias);
+        for (int j = 0; j < cols; ++j) col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
+        for (int r = 0; r < rows; ++r) {
+          float* z = sums + r * kBlockN;
+          const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
+          const uint32_t offset = Int8Math::kHasOffsets ? offsets[r] : 0;
+          for (int j = 0; j < cols; ++j) {
+            const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - offset);
+            z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j] + bias[j];
+          }
+          finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
+        }
+      });
 }
 
 }  // namespace LOWP_ISA

@@ -38,11 +38,15 @@ static inline Vec add(Vec a, Vec b) { return _mm_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 #endif
 
-// A 32-bit unit at any address.
+// A 32-bit unit, with AVX-512 at any address.
 static inline Vec broadcast_unit(const char* p) {
+#ifdef __AVX512F__
   float unit;
   memcpy(&unit, p, sizeof unit);
   return broadcast(&unit);
+#else
+  return broadcast(reinterpret_cast<const float*>(p));
+#endif
 }
 
 // out[i] = the bytes i of four lines, the first one lowest
