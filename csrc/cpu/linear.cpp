@@ -28,7 +28,7 @@ struct Fp32Math {
     load_floats(x.data, x.type, at, rows, out);
   }
   static bool takes_rows(const Operand&, int64_t) { return false; }
-  static void prepare_b(float*, int) {}
+  static constexpr uint32_t flip() { return 0; }
   static constexpr bool kHasOffsets = false;
   static uint32_t row_offset(const char*, int) { return 0; }
   static void begin_thread() {}

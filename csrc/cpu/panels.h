@@ -7,7 +7,7 @@
 //   which
 //                                       value v lies at x[at + v * stride + row]
 //   takes_rows(x, K)                    whether rows of the left side are units where they lie
-//   prepare_b(units, n)                 what only the right side needs
+//   flip()                              bits that are flipped in every unit of the right side
 //   Sum, zero, load_sum, store_sum, add, multiply_add(units of a, units of b, sum)
 //   kHasOffsets, row_offset(a, units)   what finish() must take off each of a row's sums
 //   begin_thread, multiply_column, end_thread   AMX, where it runs (cpu/amx.h)
@@ -17,7 +17,6 @@
 #include <string.h>
 
 #include <memory>
-#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
@@ -55,13 +54,14 @@ struct alignas(64) Panels {
 };
 static_assert(kDepth < kLinePad, "a line holds a unit of every row, or the units of one");
 
+struct Free {
+  void operator()(void* p) const { free(p); }
+};
+
 // Kept from call to call: the pages of a fresh one cost more than a small product. Zeros at first,
 // as tiles are multiplied whole and what malloc leaves beyond a block's edge may be subnormal
 // numbers, each of which costs the adders a hundred cycles; calloc's take no memory until used.
 static inline Panels* panels_of_thread() {
-  struct Free {
-    void operator()(void* p) const { free(p); }
-  };
   static thread_local std::unique_ptr<void, Free> held;
   constexpr size_t kAlign = alignof(Panels);
   if (!held) held.reset(calloc(1, sizeof(Panels) + kAlign));
@@ -147,6 +147,7 @@ template <class Math>
 static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t last, float* lines,
                    float* to) {
   const int units = static_cast<int>((last - k + Math::kValues - 1) / Math::kValues);
+  const uint32_t flip = Math::flip();
   const int padded = (units + kLanes - 1) / kLanes * kLanes;
   if (x.k_stride != 1) {
     for (int u = 0; u < padded; ++u, k += Math::kValues) {
@@ -156,7 +157,7 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
         if (values > 0) {
           const int across = at_most(rows - c, kCols);
           Math::pack_across(x, element_of(x, n + c, k), x.k_stride, across, values, out);
-          Math::prepare_b(out, across);
+          for (int i = 0; i < across; ++i) out[i] = bits_float(float_bits(out[i]) ^ flip);
         } else {
           memset(out, 0, sizeof(float) * kCols);
         }
@@ -169,11 +170,10 @@ static void pack_b(const Operand& x, int64_t n, int rows, int64_t k, int64_t las
       float* line = lines + r * kLinePad;
       Math::pack_row(x, element_of(x, n + c + r, k), static_cast<int>(last - k), line);
       memset(line + units, 0, sizeof(float) * static_cast<size_t>(padded - units));
-      Math::prepare_b(line, units);
     }
     float* out = to + c / kCols * kCols * kDepth + c % kCols;
     for (int u = 0; u < padded; u += kLanes) {
-      transpose_square(lines + u, kLinePad, out + u * kCols, kCols);
+      transpose_square(lines + u, kLinePad, out + u * kCols, kCols, flip);
     }
   }
 }
@@ -275,11 +275,13 @@ static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, i
     Panels* p = panels_of_thread();
     Math::begin_thread();
     p->held = -1;
-    std::vector<uint32_t> offsets(Math::kHasOffsets ? static_cast<size_t>(down * height) : 0);
+    const std::unique_ptr<uint32_t, Free> offsets(
+        Math::kHasOffsets ? static_cast<uint32_t*>(calloc(down * height, sizeof(uint32_t)))
+                          : nullptr);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % down * height, n = i / down * width;
       const int rows = at_most(M - m, height), cols = at_most(N - n, width);
-      uint32_t* const offset = Math::kHasOffsets ? &offsets[static_cast<size_t>(m)] : nullptr;
+      uint32_t* const offset = Math::kHasOffsets ? offsets.get() + m : nullptr;
       const bool is_first = i - begin < down;  // of the blocks of these rows
       multiply_block<Math>(a, b, K, m, rows, n, cols, holds_b, is_first ? offset : nullptr, *p);
       finish(m, rows, n, cols, p->sums, offset);

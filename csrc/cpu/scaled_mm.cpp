@@ -40,10 +40,7 @@ struct Int8Math {
   static bool takes_rows(const Operand& x, int64_t K) {
     return x.k_stride == 1 && K % kValues == 0 && cpu::isa() != Isa::amx;  // whole units only
   }
-  static void prepare_b(float* units, int n) {
-    if (cpu::isa() == Isa::amx) return;  // which multiplies signed values
-    for (int u = 0; u < n; ++u) units[u] = bits_float(float_bits(units[u]) ^ 0x80808080u);
-  }
+  static uint32_t flip() { return cpu::isa() == Isa::amx ? 0u : 0x80808080u; }  // + 128, by bytes
   static constexpr bool kHasOffsets = true;
   static uint32_t row_offset(const char* row, int units) {
     if (cpu::isa() == Isa::amx) return 0;
@@ -109,7 +106,7 @@ struct Int8Math {
     for (int r = 0; r < rows; ++r) out[r] = unit(low[r], values > 1 ? high[r] : int8_t{0});
   }
   static bool takes_rows(const Operand&, int64_t) { return false; }
-  static void prepare_b(float*, int) {}
+  static constexpr uint32_t flip() { return 0; }
   static constexpr bool kHasOffsets = false;
   static uint32_t row_offset(const char*, int) { return 0; }
   static void begin_thread() {}

@@ -59,12 +59,14 @@ static inline void interleave_bytes(const uint8_t* line, int64_t stride, int n,
   }
 }
 
-// out[c * out_stride + r] = in[r * in_stride + c] for a square of kLanes x kLanes 32-bit values.
+// out[c * out_stride + r] = in[r * in_stride + c] for a square of kLanes x kLanes 32-bit values, in
+// which the bits of `flip` are flipped.
 #if defined(__AVX512F__)
 static inline void transpose_square(const float* in, int64_t in_stride, float* out,
-                                    int64_t out_stride) {
+                                    int64_t out_stride, uint32_t flip = 0) {
   __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * in_stride);
+  const __m512 flipped = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(flip)));
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_xor_ps(_mm512_loadu_ps(in + i * in_stride), flipped);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -90,9 +92,11 @@ static inline void transpose_square(const float* in, int64_t in_stride, float* o
 }
 #else
 static inline void transpose_square(const float* in, int64_t in_stride, float* out,
-                                    int64_t out_stride) {
+                                    int64_t out_stride, uint32_t flip = 0) {
   for (int c = 0; c < kLanes; ++c) {
-    for (int r = 0; r < kLanes; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+    for (int r = 0; r < kLanes; ++r) {
+      out[c * out_stride + r] = bits_float(float_bits(in[r * in_stride + c]) ^ flip);
+    }
   }
 }
 #endif
