@@ -3,6 +3,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/epilogue.h"
+#include "cpu/pages.h"
 #include "cpu/panels.h"
 
 namespace lowp {
@@ -118,6 +119,7 @@ struct Int8Math {
 }  // namespace
 
 void scaled_mm(const ScaledMmArgs& p) {
+  const FreshPages pages(p.epilogue.y, p.M * p.N * (p.epilogue.y_type == Float::fp32 ? 4 : 2));
   const Operand a{p.a, Float::fp32, p.a_row_stride, p.a_k_stride};  // the type is not looked at
   const Operand b{p.b, Float::fp32, p.b_row_stride, p.b_k_stride};
   multiply<Int8Math>(
