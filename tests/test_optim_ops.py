@@ -85,6 +85,22 @@ def test_one_special_value_a_vector(isa, name, kind):
                 assert_equal(op, case)
 
 
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("name", OPS)
+def test_rows_without_gradients(isa, name, kind):
+    """As an embedding has for tokens that have not come yet: gradients and moments of 0."""
+    op, make = OPS[name]
+    for dtype, zero in itertools.product(FLOATS, (0.0, -0.0)):
+        params = [torch.randn(12, 300).to(dtype)]
+        grads = [torch.randn(12, 300)]
+        grads[0][::2] = zero
+        case = make(params, grads, kind)
+        for key in ("exp_avgs", "exp_avg_sqs", "momentum_buffers"):
+            for moment in case.get(key, ()):
+                moment[::2] = 0
+        assert_equal(op, case)
+
+
 @pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
 @pytest.mark.parametrize("name", OPS)
 def test_codes_of_any_magnitude(isa, name, rounding):
@@ -113,11 +129,12 @@ def test_masters(isa, name, master):
     special = special_values()
     shapes = [torch.randn(57, 401), torch.randn(()), torch.randn(0, 3),
               special.repeat(len(special)), random_bits(3000, seed=3)]
-    for dtype, rounding, options in itertools.product(FLOATS, ("nearest", "stochastic"), coupled):
+    for dtype, rounding, options, kind in itertools.product(
+            FLOATS, ("nearest", "stochastic"), coupled, (torch.float32, "int8")):
         params = [p.to(dtype) for p in shapes]
         grads = [torch.randn(p.shape) for p in shapes[:3]]
         grads += [special.repeat_interleave(len(special)), random_bits(3000, seed=2)]
-        case = make(params, grads, torch.float32, rounding, **options)
+        case = make(params, grads, kind, rounding, **options)
         assert_equal(op, {**case, "masters": masters_of(params, master)})
 
 

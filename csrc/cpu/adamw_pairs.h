@@ -1,39 +1,13 @@
 // AdamW by pairs of vectors, from AVX2 on: everything between loads and stores stays in registers.
 #pragma once
 #include "cpu/code_pairs.h"
-#include "cpu/pairs.h"
-#include "cpu/states.h"
+#include "cpu/step_pairs.h"
 
 namespace lowp {
 namespace LOWP_ISA {
 
-constexpr int kStep = kDrawnStep;  // elements at a time
-constexpr int kPairs = kStep / kPair;
-
-// The elements that a loop over steps comes to in 2 KB: the machine's own prefetching starts anew
-// in every page, of four tensors at a time.
-__attribute__((always_inline)) static inline void prefetch_step(const void* x, int64_t size,
-                                                                int64_t begin) {
-  const char* from = static_cast<const char*>(x) + begin * size + 2048;
-  for (int64_t i = 0; i < kStep * size; i += 64) __builtin_prefetch(from + i);
-}
-
-template <Float kType>
-__attribute__((always_inline)) static inline void load_step(const void* x, int64_t begin,
-                                                            Pair (&step)[kPairs]) {
-#pragma GCC unroll 2
-  for (int k = 0; k < kPairs; ++k) step[k] = load_pair<kType>(x, begin + k * kPair);
-}
-
-__attribute__((always_inline)) static inline void load_step(const void* x, Float type,
-                                                            int64_t begin, Pair (&step)[kPairs]) {
-  if (type == Float::bf16) return load_step<Float::bf16>(x, begin, step);
-  if (type == Float::fp16) return load_step<Float::fp16>(x, begin, step);
-  load_step<Float::fp32>(x, begin, step);
-}
-
 struct AdamWFactors {
-  explicit AdamWFactors(const AdamWArgs& a, const AdamWScalars& s)
+  AdamWFactors(const AdamWArgs& a, const AdamWScalars& s, const MasterWeight& master)
       : sign(a.maximize ? -a.inv_scale : a.inv_scale),
         coupled(a.coupled_decay),
         fresh1(a.one_minus_beta1),
@@ -41,8 +15,10 @@ struct AdamWFactors {
         inv_sqrt_bc2(s.inv_sqrt_bc2),
         eps(a.eps),
         decay(a.decay),
-        step_size(s.step_size) {}
+        step_size(s.step_size),
+        rest(master.data) {}
   const float sign, coupled, fresh1, fresh2, inv_sqrt_bc2, eps, decay, step_size;
+  void* const rest;  // what the master adds to the weights
 };
 
 // The formula of adamw.cpp from the gradient to the root, and the rest of it.
@@ -70,7 +46,7 @@ struct AdamWStep {
 
 // The elements from `begin` on, whose moments are in the step, as far as the roots.
 template <class Param>
-__attribute__((always_inline)) static inline void begin_step(Param, const AdamWFactors& f,
+__attribute__((always_inline)) static inline void begin_step(Param param, const AdamWFactors& f,
                                                              const AdamWTensor& t, int64_t begin,
                                                              AdamWStep& s) {
   const Float type = Float(t.grad_type);
@@ -78,7 +54,10 @@ __attribute__((always_inline)) static inline void begin_step(Param, const AdamWF
   prefetch_step(t.param, Param::size, begin);
   Pair g[kPairs];
   load_step(t.grad, type, begin, g);
-  load_step<Param::type>(t.param, begin, s.p);
+#pragma GCC unroll 2
+  for (int k = 0; k < kPairs; ++k) {
+    s.p[k] = load_weights(param, t.param, f.rest, begin + k * kPair);
+  }
   if (f.sign != 1.0f) {
 #pragma GCC unroll 2
     for (int k = 0; k < kPairs; ++k) g[k] = {g[k].even * f.sign, g[k].odd * f.sign};
@@ -156,7 +135,7 @@ static inline void update_floats(Param param, Moment moment, const AdamWFactors 
 #pragma GCC unroll 2
     for (int k = 0; k < kPairs; ++k) {
       const int i = k * kPair;
-      store_pair(param, s.p[k], draws.of_param(i), t.param, at + i);
+      store_weights(param, s.p[k], draws.of_param(i), t.param, f.rest, at + i);
       store_pair(moment, s.m[k], draws.of_exp_avg(i), t.exp_avg, at + i);
       store_pair(moment, s.v[k], draws.of_exp_avg_sq(i), t.exp_avg_sq, at + i);
     }
@@ -249,7 +228,7 @@ class AdamWCodes {
       codes[k] = encode_pair(kept.m, m_quotient_,
                              kDrawn ? load_bits(draws_.of_exp_avg(i)) : nearest, kept.root,
                              root_quotient_, kDrawn ? load_bits(draws_.of_exp_avg_sq(i)) : nearest);
-      store_pair(Param{}, kept.p, draws_.of_param(i), t_.param, begin + i);
+      store_weights(Param{}, kept.p, draws_.of_param(i), t_.param, f_.rest, begin + i);
     }
     store_signed_bytes(static_cast<int8_t*>(t_.exp_avg) + begin, codes[0].exp_avg,
                        codes[1].exp_avg);
@@ -277,16 +256,17 @@ class AdamWSpan {
   // False, and nothing is done, where the plain loop is needed for all.
   template <class Plain>
   bool update(const Plain& plain) const {
-    const bool masters = master_of(a_.masters, index_).kind != int64_t(Master::none);
+    const MasterWeight master = master_of(a_.masters, index_);
     const Run first = run(from_), last = run(to_ - 1);
     const int64_t begin = first.begin, end = last.begin + last.n;
-    if (masters || t_.max_exp_avg_sq != nullptr ||
+    if (t_.max_exp_avg_sq != nullptr ||
         !in_one_stretch(t_.offset + begin, t_.offset + end + 2 * kStep)) {
       return false;
     }
-    const AdamWFactors f(a_, a_.scalars[index_]);
+    const AdamWFactors f(a_, a_.scalars[index_], master);
     const bool drawn = a_.state_rounding == Rounding::stochastic;
-    with_format(Float(t_.param_type), a_.rounding == Rounding::stochastic, [&](auto param) {
+    const bool weights_drawn = a_.rounding == Rounding::stochastic;
+    return with_weights(Float(t_.param_type), master.kind, weights_drawn, [&](auto param) {
       using Param = decltype(param);
       if (t_.state_type == int64_t(State::codes)) {
         return drawn ? update_codes<Param, true>(f, begin, plain)
@@ -296,7 +276,6 @@ class AdamWSpan {
         update_floats(param, moment, f, a_.seed, t_, begin, end, plain);
       });
     });
-    return true;
   }
 
  private:
