@@ -13,6 +13,7 @@
 #include "lion.h"
 #include "muon.h"
 #include "quantize.h"
+#include "quantized_mm.h"
 #include "scaled_mm.h"
 #include "sgd.h"
 #include "square_sums.h"
@@ -48,9 +49,11 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("tensor"), py::arg("role"));
 
   py::class_<Operand>(m, "Operand")
-      .def(py::init([](uintptr_t data, int type, int64_t row_stride, int64_t k_stride) {
-        return Operand{pointer<const void>(data), Float(type), row_stride, k_stride};
-      }));
+      .def(py::init(
+          [](uintptr_t data, int type, int64_t row_stride, int64_t k_stride, int rounded_to) {
+            return Operand{pointer<const void>(data), Float(type), row_stride, k_stride,
+                           Float(rounded_to)};
+          }));
 
   py::class_<Epilogue>(m, "Epilogue")
       .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
@@ -77,6 +80,23 @@ PYBIND11_MODULE(_cpu, m) {
                         pointer<const int8_t>(b), b_row_stride, b_k_stride, M, N, K,
                         pointer<const float>(row_scale), row_scale_stride,
                         pointer<const float>(col_scale), col_scale_stride, epilogue, threads});
+      },
+      Release());
+
+  m.def(
+      "quantized_mm",
+      [](uintptr_t a, int a_type, int a_granularity, int a_rounding, uint32_t a_role, uintptr_t b,
+         int b_type, int b_granularity, int b_rounding, uint32_t b_role, int64_t M, int64_t N,
+         int64_t K, bool b_is_turned, uint64_t seed, uint32_t step, uint32_t tensor,
+         uintptr_t a_col_codes, uintptr_t a_col_scale, uint32_t a_col_role,
+         const Epilogue& epilogue, int threads) {
+        const QuantizedOperand left{pointer<const void>(a), Float(a_type),
+                                    Granularity(a_granularity), Rounding(a_rounding), a_role};
+        const QuantizedOperand right{pointer<const void>(b), Float(b_type),
+                                     Granularity(b_granularity), Rounding(b_rounding), b_role};
+        cpu::quantized_mm({left, right, M, N, K, b_is_turned, seed, step, tensor,
+                           pointer<int8_t>(a_col_codes), pointer<float>(a_col_scale), a_col_role,
+                           epilogue, threads});
       },
       Release());
 

@@ -10,7 +10,8 @@ namespace lowp {
 struct Operand {
   const void* data;
   Float type;
-  int64_t row_stride, k_stride;  // elements
+  int64_t row_stride, k_stride;    // elements
+  Float rounded_to = Float::fp32;  // before it is multiplied, on a CPU; a wider type: as it is
 };
 
 // What follows the sum, all in fp32: y = round(activate(sum + bias)), and backward

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lowp.ops.bias_grad import bias_grad
+from lowp.ops.library import runs_directly
 from lowp.ops.linear import linear
 from lowp.ops.linear_dgrad import linear_dgrad
 from lowp.ops.linear_wgrad import linear_wgrad
-from lowp.ops.product import cast, is_torchs
+from lowp.ops.product import cast, is_torchs, multiply
 from lowp.recipe import DTYPES, Product
 
 
@@ -27,6 +28,8 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, product: 
     dtype = _compute_dtype(product, x, w)
     if activation == "none" and is_torchs(x, w, bias, dtype):
         return nn.functional.linear(x, w, bias), None
+    if runs_directly(x, w, bias):
+        return multiply(x, w, bias, activation, x.dtype, save_preact, dtype=dtype)
     y, preact = linear(cast(x, dtype), cast(w, dtype), bias, activation, x.dtype, save_preact)
     return y, preact
 
@@ -35,6 +38,8 @@ def grad_input(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str, ou
                product: Product) -> Tensor:
     """dx [M, K] = dy [M, N] w [N, K], times the derivative at ``preact`` [M, K] if given."""
     dtype = _compute_dtype(product, dy, w)
+    if runs_directly(dy, w, preact):
+        return multiply(dy, w.t(), None, activation, out, False, preact, dtype)[0]
     dx: Tensor = linear_dgrad(cast(dy, dtype), cast(w, dtype), preact, activation, out)
     return dx
 
@@ -43,6 +48,9 @@ def grad_weight(dz: Tensor, x: Tensor, bias: bool, out: torch.dtype,
                 product: Product) -> tuple[Tensor, Tensor]:
     """dw [N, K] = dzᵀ [N, M] x [M, K], and the bias gradient: the sum of dz as it comes."""
     dtype = _compute_dtype(product, dz, x)
+    if runs_directly(dz, x):
+        dw = multiply(dz.t(), x.t(), None, "none", out, False, dtype=dtype)[0]
+        return dw, bias_grad.kernels["cpu"](dz) if bias else dz.new_empty(0)
     exact = dz.dtype == dtype
     dw, db = linear_wgrad(cast(dz, dtype), cast(x, dtype), bias and exact, out)
     return dw, db if exact or not bias else bias_grad(dz)

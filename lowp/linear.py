@@ -10,151 +10,66 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowp import float_products
+from lowp import float_products, int8_products
+from lowp.int8_products import Codes, Noise
 from lowp.key import Key, Role, clock, tensor_id
 from lowp.ops.activation_grad import activation_grad
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.product import ACTIVATIONS
-from lowp.ops.quantize import quantize
-from lowp.ops.quantize_row_col import quantize_row_col
-from lowp.ops.scaled_mm import MAX_K, scaled_mm
-from lowp.recipe import Operand, Product, Recipe, recipe_of
-from lowp.weight_codes import are_shared, codes_of_weight
+from lowp.recipe import Recipe, recipe_of
 
 
-class _Noise:
-    """The random bits of one call: the layer's, at the step of its forward pass."""
-
-    def __init__(self, seed: int, step: Tensor, tensor: int) -> None:
-        self.seed, self.step, self.tensor = seed, step, tensor
-
-    def codes(self, x: Tensor, operand: Operand, role: Role) -> tuple[Tensor, Tensor]:
-        """Codes of a matrix [M, K] with one scale a row, or one for all."""
-        q, scale = quantize(x, operand.granularity, 0, operand.rounding, self.seed, self.step,
-                            self.tensor, role, 0)
-        return q, scale.reshape(-1)
-
-    def transposed_codes(self, x: Tensor, operand: Operand, role: Role) -> tuple[Tensor, Tensor]:
-        """Codes [K, M] of a matrix [M, K] with one scale a column, or one for all.
-
-        A draw belongs to the element of ``x``, so it is ``x`` that is quantized, then turned.
-        """
-        granularity = "column" if operand.granularity == "row" else "tensor"
-        q, scale = quantize(x, granularity, 0, operand.rounding, self.seed, self.step,
-                            self.tensor, role, 0)
-        return q.t(), scale.reshape(-1)
-
-    def both_codes(self, x: Tensor, rounding: str, row_role: Role, col_role: Role,
-                   ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """:meth:`codes` and :meth:`transposed_codes` by row, out of the same reads."""
-        q, scale, turned, turned_scale = quantize_row_col(
-            x, rounding, self.seed, self.step, self.tensor, row_role, col_role, 0)
-        return (q, scale.reshape(-1)), (turned, turned_scale)
-
-    def weight_codes(self, w: Tensor, recipe: Recipe, transposed: bool) -> tuple[Tensor, Tensor]:
-        """Codes of a weight for the output, or transposed ones for the gradient of the input.
-
-        The passes of a step may share them; then one reading gives both where it can.
-        """
-        output, dgrad = recipe.product("output"), recipe.product("grad_input")
-        operand = dgrad.right if transposed else output.right
-        bits = None
-        if operand.rounding == "stochastic":
-            step = int(self.step) if self.step.device.type == "cpu" else self.step  # waits for none
-            bits = self.seed, step, self.tensor
-        if are_shared(w) and _are_read_together(output, output.right, dgrad, dgrad.right):
-            return codes_of_weight(w, (operand, bits), lambda: self.both_codes(
-                w, operand.rounding, Role.WEIGHT_CODES, Role.WEIGHT_CODES))[transposed]
-        make = self.transposed_codes if transposed else self.codes
-        return codes_of_weight(w, (operand, transposed, bits),
-                               lambda: make(w, operand, Role.WEIGHT_CODES))
-
-
-def _are_read_together(first: Product, row: Operand, second: Product, column: Operand) -> bool:
-    """Whether one reading gives the codes of an operand by row and those of it by column."""
-    return first.is_int8 and second.is_int8 and row == column and row.granularity == "row"
-
-
-def _forward(x: Tensor, x_codes: tuple[Tensor, Tensor] | None, w: Tensor, bias: Tensor | None,
-             recipe: Recipe, activation: str, noise: _Noise,
-             save_preact: bool) -> tuple[Tensor, Tensor | None]:
+def _output(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, activation: str,
+            noise: Noise, save_preact: bool,
+            keep: bool) -> tuple[Tensor, Tensor | None, Codes | None]:
+    """The output; what the activation is applied to; codes of x, to keep for the gradient of w."""
     product = recipe.product("output")
-    if not product.is_int8:
-        return float_products.output(x, w, bias, activation, product, save_preact)
-    codes, scale = x_codes or noise.codes(x, product.left, Role.X_CODES)
-    w_codes, w_scale = noise.weight_codes(w, recipe, False)
-    y, preact = scaled_mm(codes, w_codes, scale, w_scale, bias, activation, x.dtype, save_preact)
-    return y, preact
+    if product.is_int8:
+        return int8_products.output(x, w, bias, activation, recipe, noise, save_preact, keep)
+    y, preact = float_products.output(x, w, bias, activation, product, save_preact)
+    if not keep:
+        return y, preact, None
+    operand = recipe.product("grad_weight").right
+    return y, preact, noise.transposed_codes(x, operand, Role.X_CODES)
 
 
-def _grad_input(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, w: Tensor, out: torch.dtype,
-                recipe: Recipe, noise: _Noise) -> Tensor:
-    """dx [M, K] = dz [M, N] w [N, K]"""
-    product = recipe.product("grad_input")
-    if not product.is_int8:
-        return float_products.grad_input(dz, w, None, "none", out, product)
-    codes, scale = dz_codes or noise.codes(dz, product.left, Role.GRAD_CODES_DGRAD)
-    w_codes, w_scale = noise.weight_codes(w, recipe, True)
-    dx: Tensor = scaled_mm(codes, w_codes, scale, w_scale, None, "none", out, False)[0]
-    return dx
-
-
-def _grad_weight(dz: Tensor, dz_codes: tuple[Tensor, Tensor] | None, x: Tensor,
-                 x_codes: tuple[Tensor, Tensor] | None, bias: bool, out: torch.dtype,
-                 recipe: Recipe, noise: _Noise) -> tuple[Tensor, Tensor]:
-    """dw [N, K] = dzᵀ [N, M] x [M, K], and the bias gradient: the sum of the unquantized dz"""
-    product = recipe.product("grad_weight")
-    if not product.is_int8:
-        return float_products.grad_weight(dz, x, bias, out, product)
-    codes, scale = dz_codes or noise.transposed_codes(dz, product.left, Role.GRAD_CODES_WGRAD)
-    q, q_scale = x_codes or noise.transposed_codes(x, product.right, Role.X_CODES)
-    db = bias_grad(dz) if bias else dz.new_empty(0)
-    if dz.shape[0] <= MAX_K:
-        return scaled_mm(codes, q, scale, q_scale, None, "none", out, False)[0], db
-    parts = [  # int32 holds the sum of so many products at most; the parts are added in fp32
-        scaled_mm(a, b, scale, q_scale, None, "none", torch.float32, False)[0]
-        for a, b in zip(codes.split(MAX_K, 1), q.split(MAX_K, 1), strict=True)
-    ]
-    return torch.stack(parts).sum(0).to(out), db
-
-
-def _gradients(dy: Tensor, x: Tensor, w: Tensor, preact: Tensor | None,
-               x_codes: tuple[Tensor, Tensor] | None, bias_dtype: torch.dtype | None,
+def _gradients(dy: Tensor, x: Tensor | None, w: Tensor, preact: Tensor | None,
+               x_codes: Codes | None, bias_dtype: torch.dtype | None,
                needs: tuple[bool, bool, bool], recipe: Recipe, activation: str,
-               noise: _Noise) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+               noise: Noise) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db), each in its parameter's type and only where needed."""
-    dz = dy if activation == "none" else activation_grad(dy, preact, activation)
     need_x, need_w, need_b = needs
-    rows = cols = None
+    dz = dy if activation == "none" else activation_grad(dy, preact, activation)
     dgrad, wgrad = recipe.product("grad_input"), recipe.product("grad_weight")
-    if need_x and need_w and _are_read_together(dgrad, dgrad.left, wgrad, wgrad.left):
-        rows, cols = noise.both_codes(dz, dgrad.left.rounding, Role.GRAD_CODES_DGRAD,
-                                      Role.GRAD_CODES_WGRAD)
-    dx = _grad_input(dz, rows, w, x.dtype, recipe, noise) if need_x else None
-    if not need_w:
-        db = bias_grad(dz) if need_b else None
-        return dx, None, None if db is None else db.to(bias_dtype)
-    dw, db = _grad_weight(dz, cols, x, x_codes, need_b, w.dtype, recipe, noise)
-    return dx, dw, db.to(bias_dtype) if need_b else None
+    dx = dw = db = dz_codes = None
+    if need_x and dgrad.is_int8:
+        dx, dz_codes = int8_products.grad_input(dz, w, recipe, noise, need_w)
+    elif need_x:
+        dx = float_products.grad_input(dz, w, None, "none", dz.dtype, dgrad)
+    if need_w and x_codes is not None:
+        dw, db = int8_products.grad_weight(dz, dz_codes, x_codes, need_b, w.dtype, recipe, noise)
+    elif need_w and x is not None:
+        dw, db = float_products.grad_weight(dz, x, need_b, w.dtype, wgrad)
+    elif need_b:
+        db = bias_grad(dz)
+    return dx, dw, db.to(bias_dtype) if need_b and db is not None else None
 
 
 class _Second(torch.autograd.Function):
     """The gradients as a function of their own, so that a second derivative exists."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None,
-                preact: Tensor | None, x_codes: tuple[Tensor, Tensor] | None,
+    def forward(ctx: Any, dy: Tensor, x: Tensor | None, w: Tensor, bias: Tensor | None,
+                preact: Tensor | None, x_codes: Codes | None,
                 options: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(dy, x, w, bias)
         ctx.options = options
-        needs, recipe, activation, noise = options
-        return _gradients(dy, x, w, preact, x_codes, None if bias is None else bias.dtype, needs,
-                          recipe, activation, noise)
+        return _gradients(dy, x, w, preact, x_codes, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs, recipe, activation, _ = ctx.options
+        _, needs, recipe, activation, _ = ctx.options
         if recipe.uses_int8:
             raise RuntimeError(
                 f"lowp.linear: recipe {recipe.name!r} has no second derivative, since int8 codes "
@@ -165,6 +80,13 @@ class _Second(torch.autograd.Function):
                 None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
             ]
             dy, x, w, bias = leaves
+            if x is None and activation != "none":
+                raise RuntimeError(
+                    f"lowp.linear: activation {activation!r} has no second derivative where the "
+                    "weight needs no gradient, since x is then not kept; use torch's activation"
+                )
+            if x is None:  # of which the gradients are then no function
+                x = dy.new_zeros((dy.shape[0], w.shape[1])).requires_grad_()
             z = nn.functional.linear(x.float(), w.float(), None if bias is None else bias.float())
             y = _activate(z, activation)
             inputs = [t for t, need in zip((x, w, bias), needs, strict=True) if need]
@@ -176,7 +98,7 @@ class _Second(torch.autograd.Function):
                                          allow_unused=True)
         found = iter(second)
         result = [None if t is None else next(found) for t in leaves]
-        return (*result, None, None, None)
+        return (*result, *[None] * 3)
 
 
 def _activate(z: Tensor, activation: str) -> Tensor:
@@ -194,44 +116,31 @@ class LinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe,
-                activation: str, seed: int, step: Tensor, tensor: int) -> Tensor:
-        noise = _Noise(seed, step, tensor)
-        needs = ctx.needs_input_grad
-        save_preact = activation != "none" and any(needs[:3])
-        codes: tuple[Tensor, ...] = ()
-        x_codes = None
-        output, wgrad = recipe.product("output"), recipe.product("grad_weight")
-        keep_x = needs[1] and not wgrad.is_int8
-        if needs[1] and not keep_x:
-            if _are_read_together(output, output.left, wgrad, wgrad.right):
-                x_codes, codes = noise.both_codes(x, output.left.rounding, Role.X_CODES,
-                                                  Role.X_CODES)
-            else:
-                codes = noise.transposed_codes(x, wgrad.right, Role.X_CODES)
-        y, preact = _forward(x, x_codes, w, bias, recipe, activation, noise, save_preact)
-        ctx.save_for_backward(
-            x if keep_x else x.new_empty((0, x.shape[1])), w, bias, preact, step, *codes
-        )
-        ctx.options = recipe, activation, seed, tensor
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, step: Tensor,
+                options: tuple[Recipe, str, int, int]) -> Tensor:
+        recipe, activation, seed, tensor = ctx.options = options
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        save_preact = activation != "none" and (need_x or need_w or need_b)
+        keep_codes = need_w and recipe.product("grad_weight").is_int8
+        y, preact, codes = _output(x, w, bias, recipe, activation, Noise(seed, step, tensor),
+                                   save_preact, keep_codes)
+        kept = x if need_w and codes is None else None
+        ctx.save_for_backward(kept, w, bias, preact, step, *(codes or ()))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, bias, preact, step, *codes = ctx.saved_tensors
         recipe, activation, seed, tensor = ctx.options
-        noise = _Noise(seed, step, tensor)
-        needs = ctx.needs_input_grad[:3]
-        dy = grads[0]
+        options = (None if bias is None else bias.dtype, ctx.needs_input_grad[:3], recipe,
+                   activation, Noise(seed, step, tensor))
         x_codes = (codes[0], codes[1]) if codes else None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            options = (needs, recipe, activation, noise)
-            second = _Second.apply(  # type: ignore[no-untyped-call]
-                dy, x, w, bias, preact, x_codes, options)
-            return (*second, *[None] * 5)
-        found = _gradients(dy, x, w, preact, x_codes, None if bias is None else bias.dtype, needs,
-                           recipe, activation, noise)
-        return (*found, *[None] * 5)
+            found = _Second.apply(  # type: ignore[no-untyped-call]
+                grads[0], x, w, bias, preact, x_codes, options)
+        else:
+            found = _gradients(grads[0], x, w, preact, x_codes, *options)
+        return (*found, None, None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none",
@@ -281,10 +190,10 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: 
     y: Tensor
     if torch.is_grad_enabled():
         y = LinearFunction.apply(  # type: ignore[no-untyped-call]
-            rows, w, bias, recipe, activation, seed, step, tensor)
+            rows, w, bias, step, (recipe, activation, seed, tensor))
     else:
-        noise = _Noise(seed, step, tensor)
-        y = _forward(rows, None, w, bias, recipe, activation, noise, False)[0]
+        noise = Noise(seed, step, tensor)
+        y = _output(rows, w, bias, recipe, activation, noise, False, False)[0]
     return y if flat else y.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -293,12 +202,13 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: R
         raise ValueError(
             f"lowp.linear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[1]:
+    shape = w.shape
+    if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1]:
         raise ValueError(
             "lowp.linear: expected x [..., K] and weight [N, K], "
             f"got {tuple(x.shape)} and {tuple(w.shape)}"
         )
-    if bias is not None and bias.shape != (w.shape[0],):
+    if bias is not None and bias.shape != shape[:1]:
         raise ValueError(
             f"lowp.linear: expected bias of shape ({w.shape[0]},), got {tuple(bias.shape)}"
         )

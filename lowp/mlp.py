@@ -73,7 +73,8 @@ class MLPFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if x is None:
                 raise RuntimeError("lowp.mlp: no second derivative where w1 needs no gradient, "
-                                   "since x is then not kept; use two lowp.linear")
+                                   "since x is then not kept; use two lowp.linear and torch's "
+                                   "activation")
             found = _recorded_gradients(dy, (x, w1, b1, w2, b2), needs, recipe, activation)
             return (*found, None, None)
         dgrad, wgrad = recipe.product("grad_input"), recipe.product("grad_weight")

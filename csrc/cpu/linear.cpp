@@ -11,6 +11,54 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int kHalves = 16;  // that one instruction converts
+void widen_halves(const uint16_t* p, float* out) {
+  store(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+void round_to_halves(float* p) {
+  store(p, _mm512_cvtph_ps(_mm512_cvtps_ph(load(p), _MM_FROUND_TO_NEAREST_INT)));
+}
+#elif defined(__F16C__)
+constexpr int kHalves = 8;
+void widen_halves(const uint16_t* p, float* out) {
+  store(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+void round_to_halves(float* p) {
+  store(p, _mm256_cvtph_ps(_mm256_cvtps_ph(load(p), _MM_FROUND_TO_NEAREST_INT)));
+}
+#else
+constexpr int kHalves = 1;
+void widen_halves(const uint16_t* p, float* out) { *out = fp16_to_float(*p); }
+void round_to_halves(float* p) { *p = fp16_to_float(float_to_fp16_rn(*p)); }
+#endif
+
+// The value of float_to_bf16_rn(x), without a narrower type between that vectors would be shuffled
+// for.
+float round_to_bf16(float x) {
+  const uint32_t u = float_bits(x), quiet = (u & 0x80000000u) | 0x7FC00000u;
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
+  return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+}
+
+// out[i] = fp32(x[at + i]), rounded as the product wants it, i < n
+inline void load_rounded(const Operand& x, int64_t at, int n, float* out) {
+  const int whole = n / kHalves * kHalves;
+  int first = 0;
+  if (x.type == Float::fp16) {
+    const uint16_t* p = static_cast<const uint16_t*>(x.data) + at;
+    for (; first < whole; first += kHalves) widen_halves(p + first, out + first);
+  }
+  load_floats(x.data, x.type, at + first, n - first, out + first);
+  if (x.rounded_to == x.type || x.rounded_to == Float::fp32) return;
+  if (x.rounded_to == Float::bf16) {
+    for (int i = 0; i < n; ++i) out[i] = round_to_bf16(out[i]);
+    return;
+  }
+  for (first = 0; first < whole; first += kHalves) round_to_halves(out + first);
+  for (; first < n; ++first) out[first] = fp16_to_float(float_to_fp16_rn(out[first]));
+}
+
 struct Fp32Math {
   using Sum = Vec;
   static constexpr int kValues = 1;
@@ -21,11 +69,11 @@ struct Fp32Math {
   static Sum multiply_add(Vec a, Vec b, Sum s) { return LOWP_ISA::multiply_add(a, b, s); }
 
   static void pack_row(const Operand& x, int64_t at, int values, float* out) {
-    load_floats(x.data, x.type, at, values, out);
+    load_rounded(x, at, values, out);
   }
   static void pack_across(const Operand& x, int64_t at, int64_t, int rows, int, float* out) {
-    if (rows == kCols) return load_floats(x.data, x.type, at, kCols, out);  // whole registers
-    load_floats(x.data, x.type, at, rows, out);
+    if (rows == kCols) return load_rounded(x, at, kCols, out);  // whole registers
+    load_rounded(x, at, rows, out);
   }
   static bool takes_rows(const Operand&, int64_t) { return false; }
   static constexpr uint32_t flip() { return 0; }
@@ -39,18 +87,29 @@ struct Fp32Math {
 #ifdef __AVX512BF16__
 struct Bf16Math : Fp32Math {
   static constexpr int kValues = 2;
+  static constexpr int kMost = kBlockM > 2 * kDepth ? kBlockM : 2 * kDepth;  // values at a time
   static Sum multiply_add(Vec a, Vec b, Sum s) {
     return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b);
   }
 
+  // x[at .. at+n) as they lie, or rounded into `held`
+  static const uint16_t* values_of(const Operand& x, int64_t at, int n, uint16_t* held) {
+    if (x.type == Float::bf16) return static_cast<const uint16_t*>(x.data) + at;
+    float wide[kMost];
+    load_floats(x.data, x.type, at, n, wide);
+    store_floats(wide, n, Float::bf16, held, 0);
+    return held;
+  }
   static void pack_row(const Operand& x, int64_t at, int values, float* out) {
+    uint16_t held[kMost];
     out[values / 2] = 0.0f;  // an odd last value has zero for its partner
-    memcpy(out, static_cast<const uint16_t*>(x.data) + at, sizeof(uint16_t) * size_t(values));
+    memcpy(out, values_of(x, at, values, held), sizeof(uint16_t) * size_t(values));
   }
   static void pack_across(const Operand& x, int64_t at, int64_t stride, int rows, int values,
                           float* out) {
-    const uint16_t* even = static_cast<const uint16_t*>(x.data) + at;
-    const uint16_t* odd = even + stride;
+    uint16_t held[2][kMost];
+    const uint16_t* even = values_of(x, at, rows, held[0]);
+    const uint16_t* odd = values > 1 ? values_of(x, at + stride, rows, held[1]) : even;
     for (int r = 0; r < rows; ++r) {
       const uint32_t high = values > 1 ? odd[r] : 0u;
       out[r] = bits_float(high << 16 | even[r]);
@@ -85,7 +144,7 @@ void product(const ProductArgs& p) {
       finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
     }
   };
-  if (p.a.type == Float::bf16 && p.b.type == Float::bf16) {
+  if (p.a.rounded_to == Float::bf16 && p.b.rounded_to == Float::bf16) {
     multiply<Bf16Math>(p.a, p.b, p.M, p.N, p.K, p.threads, finish);
   } else {
     multiply<Fp32Math>(p.a, p.b, p.M, p.N, p.K, p.threads, finish);

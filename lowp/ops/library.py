@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from lowp.backend import select
+from lowp import native
+from lowp.backend import forced, select
 from lowp.measured import problem_of
 
 LIBRARY = torch.library.Library("lowp", "DEF")
@@ -38,8 +39,9 @@ class Op:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         self._overload = getattr(torch.ops.lowp, self.name).default
-        arguments = enumerate(self._overload._schema.arguments)
+        arguments = list(enumerate(self._overload._schema.arguments))
         self._written = [i for i, a in arguments if a.alias_info and a.alias_info.is_write]
+        self._seed = next((i for i, a in arguments if a.name == "seed"), None)
         OPS[self.name] = self
 
     def check(self, function: Function) -> Function:
@@ -78,6 +80,9 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if nothing_watches() and _are_plain(args):
             return self._run(*args)
+        if self._seed is not None and args[self._seed] >= 2**63:  # a schema's int is signed
+            signed = args[self._seed] - 2**64
+            args = (*args[: self._seed], signed, *args[self._seed + 1 :])
         return self._overload(*args)
 
 
@@ -125,6 +130,21 @@ def all_plain(tensors: Sequence[Tensor]) -> bool:
         all([t.is_cpu for t in tensors]) and not any(map(Tensor.is_neg, tensors))
         and not any(map(Tensor._is_zerotensor, tensors))
     )
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether CPU kernels may be called for these without the ops around them.
+
+    An op's way to its kernel takes longer than a small product. It is needed where something
+    watches or a backend is asked for, and to refuse what is no float.
+    """
+    if not nothing_watches() or forced() is not None or native.cpu_refusal:
+        return False
+    for t in tensors:
+        if t is not None and not (type(t) in TENSORS and t.is_cpu and t.dtype in FLOATS
+                                  and not t.is_neg() and not t._is_zerotensor()):
+            return False
+    return True
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

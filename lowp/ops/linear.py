@@ -56,6 +56,20 @@ def _fake(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype:
 
 
 linear.kernel("reference")(reference.linear)
-linear.kernel("cpu")(multiply)
-linear.kernel("cuda")(multiply_cuda)
+
+
+@linear.kernel("cpu")
+def _cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
+         save_preact: bool) -> tuple[Tensor, Tensor]:
+    y, preact = multiply(x, w, bias, activation, out_dtype, save_preact)
+    return y, x.new_empty(0) if preact is None else preact
+
+
+@linear.kernel("cuda")
+def _cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
+          save_preact: bool) -> tuple[Tensor, Tensor]:
+    y, preact = multiply_cuda(x, w, bias, activation, out_dtype, save_preact)
+    return y, x.new_empty(0) if preact is None else preact
+
+
 linear.kernel("triton")(deferred("linear"))

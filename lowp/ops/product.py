@@ -63,24 +63,22 @@ def strided(x: Tensor) -> tuple[Tensor, int, int]:
     return x, row, 1 if x.shape[1] == 1 else k  # the stride of a single column means nothing
 
 
-def _operand(extension: ModuleType, x: Tensor) -> tuple[Any, Tensor]:
+def _operand(extension: ModuleType, x: Tensor, *rounded_to: int) -> tuple[Any, Tensor]:
     """The kernel's view of a matrix whose second dimension is summed over, and what owns it."""
     x, row, k = strided(x)
-    return extension.Operand(x.data_ptr(), FLOATS[x.dtype], row, k), x
+    return extension.Operand(x.data_ptr(), FLOATS[x.dtype], row, k, *rounded_to), x
 
 
 def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: Tensor,
-                preact: Tensor, backward: bool = False) -> Any:
-    """The kernel's view of what follows a sum; an empty ``preact`` is not written.
+                preact: Tensor | None, backward: bool = False) -> Any:
+    """The kernel's view of what follows a sum, where ``preact`` may be written.
 
     ``backward``: ``preact`` is read, and what follows is the activation's gradient.
     """
-    return extension.Epilogue(
-        0 if bias is None else bias.data_ptr(),
-        FLOATS[torch.float32 if bias is None else bias.dtype],
-        ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype],
-        preact.data_ptr() if preact.numel() else 0, FLOATS[preact.dtype], backward,
-    )
+    bias_at, bias_type = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+    preact_at, preact_type = (0, 0) if preact is None else (preact.data_ptr(), FLOATS[preact.dtype])
+    return extension.Epilogue(bias_at, bias_type, ACTIVATIONS[activation], y.data_ptr(),
+                              FLOATS[y.dtype], preact_at, preact_type, backward)
 
 
 def is_torchs(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -108,8 +106,8 @@ def _cpu_multiplies_bf16() -> bool:
     return "avx512bf16" in cpu_extension().cpu_features()
 
 
-def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
-                    save_preact: bool) -> bool:
+def _library_serves(dtype: torch.dtype, depth: int, bias: Tensor | None, activation: str,
+                    out_dtype: torch.dtype, save_preact: bool) -> bool:
     """Whether torch's product is the faster one and keeps the contract.
 
     fp32: MKL is 1.2 to 1.4 times as fast as our kernel. bf16: oneDNN is 2 times as fast, but its
@@ -117,37 +115,43 @@ def _library_serves(a: Tensor, bias: Tensor | None, activation: str, out_dtype: 
     tile row) an Inf or NaN leaks into the row before (seen with torch 2.13 on AMX). fp16: never,
     for torch's product runs far below fp32 on CPUs without fp16 arithmetic.
     """
-    if a.dtype == torch.float32:
+    if dtype == torch.float32:
         return True
     return (
-        a.dtype == out_dtype == torch.bfloat16
+        dtype == out_dtype == torch.bfloat16
         and activation == "none"
         and not save_preact
-        and a.shape[1] % 32 == 0
+        and depth % 32 == 0
         and (bias is None or bias.dtype == torch.bfloat16)
         and _cpu_multiplies_bf16()
     )
 
 
-def _preact(a: Tensor, cols: int, save: bool, derivative_at: Tensor | None) -> Tensor:
-    """What the epilogue reads or writes beside the result; empty where that is nothing."""
+def preact_of(a: Tensor, cols: int, dtype: torch.dtype, save: bool,
+              derivative_at: Tensor | None = None) -> Tensor | None:
+    """What an epilogue reads or writes beside a result of a's rows, where that is anything."""
     if derivative_at is not None:
         return derivative_at.contiguous()
-    return a.new_empty((a.shape[0], cols) if save else 0)
+    return a.new_empty((a.shape[0], cols), dtype=dtype) if save else None
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
-             save_preact: bool, derivative_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation (empty unless saved).
+             save_preact: bool, derivative_at: Tensor | None = None,
+             dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """``act(a bᵀ + bias)`` of a [M, K], b [N, K]; and the pre-activation if it is to be saved.
 
-    With ``derivative_at`` [M, N] it is ``act'(derivative_at) * (a bᵀ)``.
+    With ``derivative_at`` [M, N] it is ``act'(derivative_at) * (a bᵀ)``. Operands are first
+    rounded to ``dtype``, while they are packed; without one they are of one type and stay as is.
     """
+    dtype = a.dtype if dtype is None else dtype
     (rows, depth), cols = a.shape, b.shape[0]
-    preact, backward = _preact(a, cols, save_preact, derivative_at), derivative_at is not None
+    preact = preact_of(a, cols, dtype, save_preact, derivative_at)
+    backward = derivative_at is not None
     extension, threads = cpu_extension(), torch.get_num_threads()
-    if _library_serves(a, bias, activation, out_dtype, save_preact):
-        z = functional.linear(a, b, None if bias is None else cast(bias, a.dtype))
-        if activation == "none" and out_dtype == a.dtype and not save_preact:
+    if _library_serves(dtype, depth, bias, activation, out_dtype, save_preact):
+        z = functional.linear(cast(a, dtype), cast(b, dtype),
+                              None if bias is None else cast(bias, dtype))
+        if activation == "none" and out_dtype == dtype and not save_preact:
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
@@ -156,7 +160,8 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
         return y, preact
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
-    (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
+    rounded_to = FLOATS[dtype]
+    (left, a), (right, b) = (_operand(extension, x, rounded_to) for x in (a, b))
     extension.product(left, right, rows, cols, depth,
                       epilogue_of(extension, bias, activation, y, preact, backward), threads)
     return y, preact
@@ -165,7 +170,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
 def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
                   out_dtype: torch.dtype, save_preact: bool,
                   derivative_at: Tensor | None = None,
-                  row_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                  row_sums: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """:func:`multiply` by the CUDA kernels. ``row_sums`` [M]: becomes the sums of a's rows, bit for
     bit those of bias_grad, in the product's pass where its kernel can.
 
@@ -174,7 +179,8 @@ def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
     """
     (rows, depth), cols = a.shape, b.shape[0]
     extension, place = cuda_extension(), cuda_place(a)
-    preact, backward = _preact(a, cols, save_preact, derivative_at), derivative_at is not None
+    preact = preact_of(a, cols, a.dtype, save_preact, derivative_at)
+    backward = derivative_at is not None
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
     if a.dtype == torch.float32:

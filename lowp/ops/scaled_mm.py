@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.library import Op, deferred, require_choice, require_float_dtype
-from lowp.ops.product import ACTIVATIONS, epilogue_of, require_bias, strided
+from lowp.ops.product import ACTIVATIONS, epilogue_of, preact_of, require_bias, strided
 from lowp.reference import scaled_mm as reference
 
 MAX_K = 133_144
@@ -89,7 +89,7 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
     row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
-    preact = a.new_empty((rows, cols) if save_preact else 0, dtype=out_dtype)
+    preact = preact_of(a, cols, out_dtype, save_preact)
     extension = cpu_extension()
     extension.scaled_mm(
         a.data_ptr(), a_row, a_k, b.data_ptr(), b_row, b_k, rows, cols, depth,
@@ -97,7 +97,7 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
         int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
         torch.get_num_threads(),
     )
-    return y, preact
+    return y, a.new_empty(0, dtype=out_dtype) if preact is None else preact
 
 
 def _along_k(codes: Tensor) -> Tensor:
@@ -123,13 +123,13 @@ def _cuda(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tens
     row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
-    preact = a.new_empty((rows, cols) if save_preact else 0, dtype=out_dtype)
+    preact = preact_of(a, cols, out_dtype, save_preact)
     extension.scaled_mm(
         cuda_place(a), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, cols, depth,
         row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
         int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
     )
-    return y, preact
+    return y, a.new_empty(0, dtype=out_dtype) if preact is None else preact
 
 
 scaled_mm.kernel("triton")(deferred("scaled_mm"))
