@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -42,6 +43,31 @@ def test_products_inside_the_bound(product_isa, kernel, dtype):
     for m, n, k in [*shapes(25), *large]:
         for out in FLOATS:
             cases.assert_products(CPU, m, n, k, dtype, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows(product_isa, dtype):
+    """Rows of w that are read where they lie: ragged, strided, at odd addresses, by threads."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        for m, n, k in itertools.product((1, 3, 4, 5, 8, 9), (64, 67, 130), (64, 65, 127, 200)):
+            x, w, _, bias = matrices(m, n, k + 3, dtype)
+            x, w = x[:, 3:], w[:, 1 : k + 1]
+            found.append(linear(x, w, bias, "none", torch.float32, False)[0])
+            assert_within(found[-1], x, w, bias)
+        x, w, _, bias = matrices(3, 1030, 1001, dtype)  # enough to be shared
+        w[7, 1000], w[8, 3], x[1, 500] = math.inf, math.nan, -math.inf
+        found.append(linear(x, w, bias, "none", torch.float32, False)[0])
+        exact = x.double() @ w.double().t()
+        assert torch.equal(found[-1].isnan(), exact.isnan())
+        assert torch.equal(found[-1].isposinf(), exact.isposinf())
+        assert torch.equal(found[-1].isneginf(), exact.isneginf())
+    torch.set_num_threads(before)
+    third = len(found) // 3
+    for other in (found[third : 2 * third], found[2 * third :]):
+        assert all(map(same_bits, found[:third], other))
 
 
 def test_no_worse_than_torch(kernel):

@@ -56,6 +56,23 @@ def test_large_shapes_and_the_largest_sums(product_isa):
     assert torch.equal(sums(a, a), torch.full((3, 3), 16384.0 * 131_071))
 
 
+def test_few_rows(product_isa):
+    """Rows of b that are read where they lie: ragged, strided, at odd addresses, by threads."""
+    before = torch.get_num_threads()
+    pool = codes(331, 1100)
+    pool[:4, :70] = -128
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for m, n, k in itertools.product((1, 2, 5, 6, 11, 16, 17), (64, 67, 130, 300),
+                                         (64, 65, 127, 192, 1000)):
+            a, b = codes(m, k + 3)[:, 3:], pool[:n, 5 : k + 5]
+            scales = torch.rand(m), torch.rand(n)
+            assert_bits(a, b, *scales, torch.randn(n), "relu", torch.bfloat16, True)
+        a, b = codes(2, 4096), codes(1030, 4096)  # enough to be shared
+        assert_bits(a, b, ONE, ONE, None, "none", torch.float32, False)
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogue(product_isa, activation):
     for out in FLOATS:

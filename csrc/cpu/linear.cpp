@@ -5,58 +5,95 @@
 
 #include "cpu/amx.h"
 #include "cpu/epilogue.h"
+#include "cpu/few_rows.h"
 #include "cpu/panels.h"
 
 namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+
 #if defined(__AVX512F__)
-constexpr int kHalves = 16;  // that one instruction converts
-void widen_halves(const uint16_t* p, float* out) {
-  store(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+Vec widen_fp16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-void round_to_halves(float* p) {
-  store(p, _mm512_cvtph_ps(_mm512_cvtps_ph(load(p), _MM_FROUND_TO_NEAREST_INT)));
-}
+Vec round_to_fp16(Vec x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__)
-constexpr int kHalves = 8;
-void widen_halves(const uint16_t* p, float* out) {
-  store(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+Vec widen_fp16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-void round_to_halves(float* p) {
-  store(p, _mm256_cvtph_ps(_mm256_cvtps_ph(load(p), _MM_FROUND_TO_NEAREST_INT)));
-}
+Vec round_to_fp16(Vec x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 #else
-constexpr int kHalves = 1;
-void widen_halves(const uint16_t* p, float* out) { *out = fp16_to_float(*p); }
-void round_to_halves(float* p) { *p = fp16_to_float(float_to_fp16_rn(*p)); }
+Vec widen_fp16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = fp16_to_float(p[i]);
+  return x;
+}
+Vec round_to_fp16(Vec x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = fp16_to_float(float_to_fp16_rn(x[i]));
+  return x;
+}
 #endif
 
-// The value of float_to_bf16_rn(x), without a narrower type between that vectors would be shuffled
-// for.
-float round_to_bf16(float x) {
-  const uint32_t u = float_bits(x), quiet = (u & 0x80000000u) | 0x7FC00000u;
-  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
-  return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+Vec round_to_bf16(Vec x) {  // as float_to_bf16_rn
+  const Bits u = reinterpret_cast<Bits>(x), quiet = (u & 0x80000000u) | 0x7FC00000u;
+  const Bits rounded = (u + 0x7FFFu + (u >> 16 & 1u)) & 0xFFFF0000u;
+  return reinterpret_cast<Vec>((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+}
+
+// fp32(x[at .. at+kLanes)), rounded as a product wants it
+template <Float kType, Float kRounded>
+Vec load_as(const void* x, int64_t at) {
+  const uint16_t* const halves = static_cast<const uint16_t*>(x) + at;
+  if (kType == Float::bf16 && kRounded != Float::fp16) {
+    Halves h;
+    memcpy(&h, halves, sizeof h);
+    return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+  }
+  Vec v;
+  if (kType == Float::fp32) {
+    v = load(static_cast<const float*>(x) + at);
+  } else if (kType == Float::fp16) {
+    v = widen_fp16(halves);
+  } else {
+    v = load_as<Float::bf16, Float::fp32>(x, at);
+  }
+  if (kRounded == kType || kRounded == Float::fp32) return v;
+  return kRounded == Float::bf16 ? round_to_bf16(v) : round_to_fp16(v);
 }
 
 // out[i] = fp32(x[at + i]), rounded as the product wants it, i < n
-inline void load_rounded(const Operand& x, int64_t at, int n, float* out) {
-  const int whole = n / kHalves * kHalves;
-  int first = 0;
-  if (x.type == Float::fp16) {
-    const uint16_t* p = static_cast<const uint16_t*>(x.data) + at;
-    for (; first < whole; first += kHalves) widen_halves(p + first, out + first);
-  }
-  load_floats(x.data, x.type, at + first, n - first, out + first);
-  if (x.rounded_to == x.type || x.rounded_to == Float::fp32) return;
-  if (x.rounded_to == Float::bf16) {
-    for (int i = 0; i < n; ++i) out[i] = round_to_bf16(out[i]);
-    return;
-  }
-  for (first = 0; first < whole; first += kHalves) round_to_halves(out + first);
-  for (; first < n; ++first) out[first] = fp16_to_float(float_to_fp16_rn(out[first]));
+template <Float kType, Float kRounded = kType>
+inline __attribute__((always_inline)) void load_values(const void* x, int64_t at, int n,
+                                                       float* out) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load_as<kType, kRounded>(x, at + i));
+  if (i == n) return;
+  constexpr size_t kSize = kType == Float::fp32 ? sizeof(float) : sizeof(uint16_t);
+  char rest[kLanes * kSize] = {};
+  float values[kLanes];
+  memcpy(rest, static_cast<const char*>(x) + (at + i) * kSize, static_cast<size_t>(n - i) * kSize);
+  store(values, load_as<kType, kRounded>(rest, 0));
+  memcpy(out + i, values, static_cast<size_t>(n - i) * sizeof(float));
+}
+
+template <Float kRounded>
+void load_rounded_to(const Operand& x, int64_t at, int n, float* out) {
+  if (x.type == Float::fp32) return load_values<Float::fp32, kRounded>(x.data, at, n, out);
+  if (x.type == Float::bf16) return load_values<Float::bf16, kRounded>(x.data, at, n, out);
+  load_values<Float::fp16, kRounded>(x.data, at, n, out);
+}
+
+// Inline where there is nothing to round, since it is two vectors that are loaded at a time.
+inline __attribute__((always_inline)) void load_rounded(const Operand& x, int64_t at, int n,
+                                                        float* out) {
+  const bool as_it_is = x.rounded_to == x.type || x.rounded_to == Float::fp32;
+  if (as_it_is && x.type == Float::fp16) return load_values<Float::fp16>(x.data, at, n, out);
+  if (as_it_is) return load_floats(x.data, x.type, at, n, out);
+  if (x.rounded_to == Float::bf16) return load_rounded_to<Float::bf16>(x, at, n, out);
+  load_rounded_to<Float::fp16>(x, at, n, out);
 }
 
 struct Fp32Math {
@@ -132,17 +169,97 @@ struct Bf16Math : Fp32Math {
 using Bf16Math = Fp32Math;
 #endif
 
+// Rows of a become fp32 once, with zeros behind them; rows of b as they are read.
+template <Float kType, Float kRounded>
+class FloatDots {
+ public:
+  using Vector = Vec;
+  using Sum = Vec;
+  static constexpr int kStep = kLanes, kFew = 4;
+
+  explicit FloatDots(const ProductArgs& p)
+      : K(p.K),
+        M_(p.M),
+        b_(p.b),
+        stride_((p.K + kStep - 1) / kStep * kStep),
+        few_(static_cast<float*>(
+            aligned_alloc(64, static_cast<size_t>((p.M * stride_ * 4 + 63) / 64 * 64)))) {
+    for (int64_t m = 0; m < M_; ++m) {
+      float* const row = few_.get() + m * stride_;
+      load_rounded(p.a, m * p.a.row_stride, static_cast<int>(K), row);
+      for (int64_t k = K; k < stride_; ++k) row[k] = 0.0f;
+    }
+  }
+
+  int rows() const { return static_cast<int>(M_); }
+  Vector many(int64_t n, int64_t k) const {
+    return load_as<kType, kRounded>(b_.data, n * b_.row_stride + k);
+  }
+  Vector last(int64_t n) const {
+    const int count = static_cast<int>(K % kStep);
+    float values[kLanes] = {};
+    load_values<kType, kRounded>(b_.data, n * b_.row_stride + K - count, count, values);
+    return load(values);
+  }
+  Vector few(int64_t m, int64_t k) const { return load(few_.get() + m * stride_ + k); }
+  static Sum zero() { return LOWP_ISA::zero(); }
+  static void add(Vector few, Vector many, Sum& sum) { sum = multiply_add(few, many, sum); }
+  static void store(const Sum (&s)[kMany], float* out) {
+    for (int i = 0; i < kMany; ++i) {
+      float lanes[kLanes];
+      LOWP_ISA::store(lanes, s[i]);
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      }
+      out[i] = lanes[0];
+    }
+  }
+
+  const int64_t K;
+
+ private:
+  const int64_t M_;
+  const Operand b_;
+  const int64_t stride_;
+  const std::unique_ptr<float, Free> few_;
+};
+
+// body(dots), or false where packed panels are faster. What b is rounded from does not matter.
+template <Float kRounded, class Body>
+bool with_few_rows_of(const ProductArgs& p, const Body& body) {
+  if (p.b.type == Float::fp32) return body(FloatDots<Float::fp32, kRounded>(p)), true;
+  if (p.b.type == Float::bf16) return body(FloatDots<Float::bf16, kRounded>(p)), true;
+  return body(FloatDots<Float::fp16, kRounded>(p)), true;
+}
+template <class Body>
+bool with_few_rows(const ProductArgs& p, const Body& body) {
+  constexpr int64_t kFewRows = 8;
+  if (!has_few_rows(p.a, p.b, kFewRows, p.M, p.N, p.K)) return false;
+  if (p.b.rounded_to == Float::bf16) return with_few_rows_of<Float::bf16>(p, body);
+  return p.b.rounded_to == Float::fp16 && with_few_rows_of<Float::fp16>(p, body);
+}
+
 }  // namespace
 
 void product(const ProductArgs& p) {
-  const auto finish = [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t*) {
+  const auto finish_rows = [&](int64_t m, int64_t rows, int64_t n, int cols, float* sums,
+                               int64_t stride) {
     float bias[kBlockN];
     load_bias(p.epilogue, n, cols, bias);
-    for (int r = 0; r < rows; ++r) {
-      float* z = sums + r * kBlockN;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* z = sums + r * stride;
       for (int j = 0; j < cols; ++j) z[j] += bias[j];
       finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
     }
+  };
+  const bool is_done = with_few_rows(p, [&](const auto& dots) {
+    multiply_few_rows(dots, p.N, p.threads, [&](int64_t n, int cols, ChunkSums& sums) {
+      finish_rows(0, p.M, n, cols, sums[0], kChunk);
+    });
+  });
+  if (is_done) return;
+  const auto finish = [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t*) {
+    finish_rows(m, rows, n, cols, sums, kBlockN);
   };
   if (p.a.rounded_to == Float::bf16 && p.b.rounded_to == Float::bf16) {
     multiply<Bf16Math>(p.a, p.b, p.M, p.N, p.K, p.threads, finish);

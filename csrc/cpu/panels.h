@@ -38,6 +38,7 @@ constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockN = 512;
 constexpr int kDepth = 128;  // units; sums, a panel of a and one of b fit an L2 of 1 MB
 constexpr int kHeld = 16;    // panels of b that the blocks of the same columns share
+constexpr int64_t kLeastShared = 1 << 22;  // multiplications; fewer are one thread's
 constexpr int kRowPad =
     kDepth + kLanes;  // keeps the rows of a panel out of each other's cache sets
 constexpr int kLinePad = kBlockM + kLanes;
@@ -266,7 +267,6 @@ template <class Math, class Finish>
 static void multiply(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
                      int threads, const Finish& finish) {
   if (M == 0 || N == 0) return;
-  constexpr int64_t kLeastShared = 1 << 22;  // multiplications
   const Shape block = block_shape(M, N, M * N * K < kLeastShared ? 1 : threads);
   const int64_t height = block.height, width = block.width;
   const int64_t down = (M + height - 1) / height, across = (N + width - 1) / width;

@@ -3,6 +3,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/epilogue.h"
+#include "cpu/few_rows.h"
 #include "cpu/pages.h"
 #include "cpu/panels.h"
 
@@ -66,6 +67,68 @@ struct Int8Math {
     return true;
   }
 };
+
+// Rows of a are shifted by 128 to be unsigned. One more, of nothing but 128, gives what that adds.
+class Int8Dots {
+ public:
+  using Vector = __m512i;
+  using Sum = __m512i;
+  static constexpr int kStep = 64, kFew = 6;  // 24 vectors of sums
+
+  explicit Int8Dots(const ScaledMmArgs& p)
+      : K(p.K),
+        M_(p.M),
+        b_(p.b),
+        b_stride_(p.b_row_stride),
+        stride_((p.K + kStep - 1) / kStep * kStep),
+        shifted_(
+            static_cast<uint8_t*>(aligned_alloc(kStep, static_cast<size_t>((p.M + 1) * stride_)))) {
+    for (int64_t m = 0; m <= M_; ++m) shift(m < M_ ? p.a + m * p.a_row_stride : nullptr, m);
+  }
+
+  int rows() const { return static_cast<int>(M_) + 1; }
+  Vector many(int64_t n, int64_t k) const { return _mm512_loadu_si512(b_ + n * b_stride_ + k); }
+  Vector last(int64_t n) const { return load_last(b_ + n * b_stride_); }
+  Vector few(int64_t m, int64_t k) const {
+    return _mm512_load_si512(shifted_.get() + m * stride_ + k);
+  }
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static void add(Vector few, Vector many, Sum& sum) {  // GCC copies sums for the intrinsic
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(few), "v"(many));
+  }
+  static void store(const Sum (&s)[kMany], float* out) {
+    const auto halved = [](__m512i x, __m512i y) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const __m512i a = halved(s[0], s[1]), b = halved(s[2], s[3]);
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(out),
+        _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  }
+
+  const int64_t K;
+
+ private:
+  Vector load_last(const int8_t* row) const {
+    return _mm512_maskz_loadu_epi8((__mmask64{1} << K % kStep) - 1, row + K / kStep * kStep);
+  }
+  void shift(const int8_t* row, int64_t m) {  // of zeros where it is null
+    const __m512i by = _mm512_set1_epi8(-128);
+    for (int64_t k = 0; k < K; k += kStep) {
+      __m512i values = _mm512_setzero_si512();
+      if (row != nullptr) values = k + kStep <= K ? _mm512_loadu_si512(row + k) : load_last(row);
+      _mm512_store_si512(shifted_.get() + m * stride_ + k, _mm512_add_epi8(values, by));
+    }
+  }
+
+  const int64_t M_;
+  const int8_t* const b_;
+  const int64_t b_stride_, stride_;
+  const std::unique_ptr<uint8_t, Free> shifted_;
+};
 #else
 // Pairs of int16, whose products vpmaddwd adds without saturation (vpmaddubsw would saturate).
 struct Int8Math {
@@ -116,27 +179,54 @@ struct Int8Math {
 };
 #endif
 
+// z[i] of column n + i = (float(sum) * row_scale) * col_scale[n + i] + bias[n + i], of row m
+struct Scaling {
+  Scaling(const ScaledMmArgs& args, int64_t first, int count) : p(args), n(first), cols(count) {
+    load_bias(p.epilogue, n, cols, bias);
+    for (int i = 0; i < cols; ++i) col_scale[i] = p.col_scale[(n + i) * p.col_scale_stride];
+  }
+
+  // offset(i): what is taken off sum i
+  template <class Offset>
+  void finish(int64_t m, float* z, const Offset& offset) const {
+    const float row_scale = p.row_scale[m * p.row_scale_stride];
+    for (int i = 0; i < cols; ++i) {
+      const int32_t sum = static_cast<int32_t>(float_bits(z[i]) - offset(i));
+      z[i] = (static_cast<float>(sum) * row_scale) * col_scale[i] + bias[i];
+    }
+    finish_run(z, cols, p.epilogue, m * p.N + n);
+  }
+
+  const ScaledMmArgs& p;
+  const int64_t n;
+  const int cols;
+  float col_scale[kBlockN], bias[kBlockN];
+};
+
 }  // namespace
 
 void scaled_mm(const ScaledMmArgs& p) {
   const FreshPages pages(p.epilogue.y, p.M * p.N * (p.epilogue.y_type == Float::fp32 ? 4 : 2));
   const Operand a{p.a, Float::fp32, p.a_row_stride, p.a_k_stride};  // the type is not looked at
   const Operand b{p.b, Float::fp32, p.b_row_stride, p.b_k_stride};
+#if defined(__AVX512VNNI__)
+  if (has_few_rows(a, b, kMostFew - 1, p.M, p.N, p.K)) {
+    return multiply_few_rows(
+        Int8Dots(p), p.N, p.threads, [&](int64_t n, int cols, ChunkSums& sums) {
+          const Scaling scaling(p, n, cols);
+          for (int m = 0; m < p.M; ++m) {
+            scaling.finish(m, sums[m], [&](int i) { return float_bits(sums[p.M][i]); });
+          }
+        });
+  }
+#endif
   multiply<Int8Math>(
       a, b, p.M, p.N, p.K, p.threads,
       [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t* offsets) {
-        float col_scale[kBlockN], bias[kBlockN];
-        load_bias(p.epilogue, n, cols, bias);
-        for (int j = 0; j < cols; ++j) col_scale[j] = p.col_scale[(n + j) * p.col_scale_stride];
+        const Scaling scaling(p, n, cols);
         for (int r = 0; r < rows; ++r) {
-          float* z = sums + r * kBlockN;
-          const float row_scale = p.row_scale[(m + r) * p.row_scale_stride];
           const uint32_t offset = Int8Math::kHasOffsets ? offsets[r] : 0;
-          for (int j = 0; j < cols; ++j) {
-            const int32_t sum = static_cast<int32_t>(float_bits(z[j]) - offset);
-            z[j] = (static_cast<float>(sum) * row_scale) * col_scale[j] + bias[j];
-          }
-          finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
+          scaling.finish(m + r, sums + r * kBlockN, [&](int) { return offset; });
         }
       });
 }
