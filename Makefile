@@ -2,7 +2,7 @@
 VENV := .venv
 TEST_VENV := .venv-test
 PYTHON ?= python3
-NATIVE_TESTS := $(addprefix tests/test_,$(addsuffix .py,quantize scaled_mm linear_op activation \
+NATIVE_TESTS := $(addprefix tests/test_,$(addsuffix .py,quantize scaled_mm linear_op direct_calls activation \
   bias_grad optim_ops matrix_optim_ops optim_family layer lstm))
 BENCHMARKS := $(shell grep -l '^def test_' benchmarks/*.py)
 

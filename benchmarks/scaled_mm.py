@@ -14,8 +14,8 @@ from benchmarks.conftest import Compare
 from benchmarks.roofline import product
 from lowp.ops.scaled_mm import scaled_mm
 
-SHAPES = ((32, 512, 512), (512, 512, 512), (512, 3072, 768), (2048, 1024, 1024),
-          (2048, 2048, 2048))
+SHAPES = ((1, 4096, 4096), (8, 1024, 1024), (32, 512, 512), (512, 512, 512), (512, 3072, 768),
+          (2048, 1024, 1024), (2048, 2048, 2048))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -44,7 +44,9 @@ def test_speed_ratios() -> None:
     peers = ("torch._int_mm + scales", "torch torch.float32")
     for peer in peers:
         ratios = [r[f"lowp is x times {peer}"] for r in rows if r["M"] >= 512]
-        assert f"{min(ratios):.1f} to {max(ratios):.1f}" in row, peer
+        few = [r[f"lowp is x times {peer}"] for r in rows if r["M"] < 32]
+        for some in (ratios, few):
+            assert f"{min(some):.1f} to {max(some):.1f}" in row, peer
     row, rows = row_of("adamw.json"), measured("adamw.json")["rows"]
     (int8,) = [r for r in rows if r["states"] == "int8"]
     for peer in ("torch fused", "torchao", "bitsandbytes"):
@@ -96,9 +98,11 @@ def test_aims_of_products() -> None:
     full = [in_layers("int8_full", peer) for peer in ("float32", "bfloat16")]
     assert reached("`int8_full` layer") == "; ".join(full)
     rows = measured("scaled_mm.json")["rows"]
-    large, (small,) = ([r["lowp is x times torch._int_mm + scales"] for r in rows if keep(r["M"])]
-                       for keep in (lambda m: m >= 512, lambda m: m < 512))
-    assert reached("`scaled_mm`") == f"{span(large)}, {small:.1f} × at 32 rows"
+    large, (small,), few = (
+        [r["lowp is x times torch._int_mm + scales"] for r in rows if r["M"] in counts]
+        for counts in (range(512, 4096), (32,), range(32)))
+    assert reached("`scaled_mm`") == (
+        f"{span(large)}, {small:.1f} × at 32 rows, {span(few)} at 1 and 8")
     calls = [1 / r["lowp is x times nn.Linear torch.float32"] for recipe in ("fp32", "bf16", "int8")
              for r in layers if (r["width"], r["recipe"]) == (64, recipe)]
     assert reached("host time") == (
