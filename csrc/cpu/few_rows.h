@@ -15,9 +15,9 @@
 namespace lowp {
 namespace LOWP_ISA {
 
-constexpr int kMostFew = 17;
-constexpr int kMany = 4;    // rows of the many at a time
-constexpr int kChunk = 64;  // rows of the many whose sums are finished together
+constexpr int kMostFew = 17;  // rows of the few, at most
+constexpr int kMany = 4;      // rows of the many at a time
+constexpr int kChunk = 64;    // rows of the many whose sums are finished together
 
 using ChunkSums = float[kMostFew][kChunk];
 
