@@ -39,7 +39,8 @@ def grad_input(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str, ou
     """dx [M, K] = dy [M, N] w [N, K], times the derivative at ``preact`` [M, K] if given."""
     dtype = _compute_dtype(product, dy, w)
     if runs_directly(dy, w, preact):
-        return multiply(dy, w.t(), None, activation, out, False, preact, dtype)[0]
+        direct: Tensor = linear_dgrad.kernels["cpu"](dy, w, preact, activation, out, dtype)
+        return direct
     dx: Tensor = linear_dgrad(cast(dy, dtype), cast(w, dtype), preact, activation, out)
     return dx
 
@@ -49,8 +50,8 @@ def grad_weight(dz: Tensor, x: Tensor, bias: bool, out: torch.dtype,
     """dw [N, K] = dzᵀ [N, M] x [M, K], and the bias gradient: the sum of dz as it comes."""
     dtype = _compute_dtype(product, dz, x)
     if runs_directly(dz, x):
-        dw = multiply(dz.t(), x.t(), None, "none", out, False, dtype=dtype)[0]
-        return dw, bias_grad.kernels["cpu"](dz) if bias else dz.new_empty(0)
+        dw, db = linear_wgrad.kernels["cpu"](dz, x, bias, out, dtype)
+        return dw, db
     exact = dz.dtype == dtype
     dw, db = linear_wgrad(cast(dz, dtype), cast(x, dtype), bias and exact, out)
     return dw, db if exact or not bias else bias_grad(dz)

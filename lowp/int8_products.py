@@ -85,20 +85,10 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: R
     """act(x wᵀ + bias) of x [M, K], w [N, K], in ``x``'s type; the pre-activation, ``None`` or
     empty unless saved; and, to keep for the gradient of the weight, codes of x by column."""
     product, wgrad = recipe.product("output"), recipe.product("grad_weight")
-    role, operand = Role.X_CODES, product.left
-    together = keep and are_read_together(product, operand, wgrad, wgrad.right)
-    kept = None
-    if _runs_directly(x, w, bias):
-        y, preact, kept = _quantized_mm(x, w, False, bias, activation, product, x.dtype,
-                                        save_preact, noise, role, role if together else None)
-    else:
-        if together:
-            codes, kept = noise.both_codes(x, operand.rounding, role, role)
-        else:
-            codes = noise.codes(x, operand, role)
-        w_codes = noise.weight_codes(w, recipe, False)
-        y, preact = scaled_mm(codes[0], w_codes[0], codes[1], w_codes[1], bias, activation,
-                              x.dtype, save_preact)
+    role = Role.X_CODES
+    together = keep and are_read_together(product, product.left, wgrad, wgrad.right)
+    y, preact, kept = _multiply(x, w, False, bias, activation, recipe, save_preact, noise, role,
+                                role if together else None)
     if keep and kept is None:
         kept = noise.transposed_codes(x, wgrad.right, role)
     return y, preact, kept
@@ -109,19 +99,9 @@ def grad_input(dz: Tensor, w: Tensor, recipe: Recipe, noise: Noise,
     """dx [M, K] = dz [M, N] w [N, K], in dz's type; and codes of dz by column, to keep for the
     gradient of the weight where that takes what is read here."""
     dgrad, wgrad = recipe.product("grad_input"), recipe.product("grad_weight")
-    role, operand = Role.GRAD_CODES_DGRAD, dgrad.left
-    together = keep and are_read_together(dgrad, operand, wgrad, wgrad.left)
-    if _runs_directly(dz, w, None):
-        dx, _, kept = _quantized_mm(dz, w, True, None, "none", dgrad, dz.dtype, False, noise, role,
-                                    Role.GRAD_CODES_WGRAD if together else None)
-        return dx, kept
-    kept = None
-    if together:
-        codes, kept = noise.both_codes(dz, operand.rounding, role, Role.GRAD_CODES_WGRAD)
-    else:
-        codes = noise.codes(dz, operand, role)
-    w_codes = noise.weight_codes(w, recipe, True)
-    dx = scaled_mm(codes[0], w_codes[0], codes[1], w_codes[1], None, "none", dz.dtype, False)[0]
+    together = keep and are_read_together(dgrad, dgrad.left, wgrad, wgrad.left)
+    dx, _, kept = _multiply(dz, w, True, None, "none", recipe, False, noise, Role.GRAD_CODES_DGRAD,
+                            Role.GRAD_CODES_WGRAD if together else None)
     return dx, kept
 
 
@@ -142,23 +122,36 @@ def grad_weight(dz: Tensor, dz_codes: Codes | None, x_codes: Codes, bias: bool, 
     return torch.stack(parts).sum(0).to(out), db
 
 
-def _runs_directly(a: Tensor, w: Tensor, bias: Tensor | None) -> bool:
-    """Whether :func:`_quantized_mm` serves; it shares no codes of ``w``, and checks nothing."""
-    return a.shape[1] <= MAX_K and runs_directly(a, w, bias) and not are_shared(w)
+def _multiply(a: Tensor, w: Tensor, turned: bool, bias: Tensor | None, activation: str,
+              recipe: Recipe, save_preact: bool, noise: Noise, role: Role,
+              kept_role: Role | None) -> tuple[Tensor, Tensor | None, Codes | None]:
+    """act(a wᵀ + bias) or, turned, act(a w + bias), in a's type; the pre-activation, ``None`` or
+    empty unless saved; and codes of a by column where their draws have a role."""
+    product = recipe.product("grad_input" if turned else "output")
+    if a.shape[1] <= MAX_K and runs_directly(a, w, bias) and not are_shared(w):
+        return _quantized_mm(a, w, turned, bias, activation, product, save_preact, noise, role,
+                             kept_role)
+    kept = None
+    if kept_role is None:
+        codes, scale = noise.codes(a, product.left, role)
+    else:
+        (codes, scale), kept = noise.both_codes(a, product.left.rounding, role, kept_role)
+    w_codes, w_scale = noise.weight_codes(w, recipe, turned)
+    y, preact = scaled_mm(codes, w_codes, scale, w_scale, bias, activation, a.dtype, save_preact)
+    return y, preact, kept
 
 
 def _quantized_mm(a: Tensor, b: Tensor, turned: bool, bias: Tensor | None, activation: str,
-                  product: Product, out: torch.dtype, save_preact: bool, noise: Noise, role: Role,
+                  product: Product, save_preact: bool, noise: Noise, role: Role,
                   kept_role: Role | None) -> tuple[Tensor, Tensor | None, Codes | None]:
-    """act(a bᵀ + bias) of a [M, K] and b [N, K] or, turned, [K, N], in one call of the CPU kernels;
-    the pre-activation to save; and codes of a by column where their draws have a role.
-    """
+    """:func:`_multiply` of a [M, K] and b [N, K] or, turned, [K, N], in one call of the CPU kernels
+    (csrc/quantized_mm.h), which checks nothing and shares no codes."""
     a, b = a.contiguous(), b.contiguous()
     (rows, depth), cols = a.shape, b.shape[turned]
     left, right = product.left, product.right
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols), dtype=out)
-    preact = preact_of(a, cols, out, save_preact)
+    y = a.new_empty((rows, cols))
+    preact = preact_of(a, cols, a.dtype, save_preact)
     kept = None if kept_role is None else (a.new_empty((depth, rows), dtype=torch.int8),
                                            a.new_empty(depth, dtype=torch.float32))
     stochastic = "stochastic" in (left.rounding, right.rounding)

@@ -21,9 +21,9 @@ constexpr int kChunk = 64;    // rows of the many whose sums are finished togeth
 
 using ChunkSums = float[kMostFew][kChunk];
 
-// The sums of kCount rows of the few from m on with kMany rows of the many from n on.
+// sums[kCount][kMany], rows of which are kChunk apart: of the few from m on and the many from n on.
 template <class Dots, int kCount>
-static void multiply_dots(const Dots& dots, int64_t n, int m, float (*sums)[kChunk]) {
+static void multiply_dots(const Dots& dots, int64_t n, int m, float* sums) {
   typename Dots::Sum acc[kCount][kMany];
 #pragma GCC unroll 6
   for (int j = 0; j < kCount; ++j) {
@@ -51,11 +51,11 @@ static void multiply_dots(const Dots& dots, int64_t n, int m, float (*sums)[kChu
     add_all(whole);
   }
 #pragma GCC unroll 6
-  for (int j = 0; j < kCount; ++j) Dots::store(acc[j], sums[j]);
+  for (int j = 0; j < kCount; ++j) Dots::store(acc[j], sums + j * kChunk);
 }
 
 template <class Dots, int kCount = Dots::kFew>
-static void multiply_dots_of(int count, const Dots& dots, int64_t n, int m, float (*sums)[kChunk]) {
+static void multiply_dots_of(int count, const Dots& dots, int64_t n, int m, float* sums) {
   if (count == kCount) return multiply_dots<Dots, kCount>(dots, n, m, sums);
   if constexpr (kCount > 1) multiply_dots_of<Dots, kCount - 1>(count, dots, n, m, sums);
 }
@@ -81,8 +81,7 @@ static void multiply_few_rows(const Dots& dots, int64_t N, int threads, const Fi
         const int at = at_most(i, cols - kMany);  // the last may overlap
         for (int g = 0; g < groups; ++g) {
           const int m = rows * g / groups, count = rows * (g + 1) / groups - m;
-          multiply_dots_of(count, dots, n + at, m,
-                           reinterpret_cast<float (*)[kChunk]>(&sums[m][at]));
+          multiply_dots_of(count, dots, n + at, m, &sums[m][at]);
         }
       }
       finish(n, cols, sums);

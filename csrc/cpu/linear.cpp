@@ -12,25 +12,13 @@ namespace lowp {
 namespace LOWP_ISA {
 namespace {
 
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 #if defined(__AVX512F__)
-Vec widen_fp16(const uint16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 Vec round_to_fp16(Vec x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__)
-Vec widen_fp16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 Vec round_to_fp16(Vec x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 #else
-Vec widen_fp16(const uint16_t* p) {
-  Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = fp16_to_float(p[i]);
-  return x;
-}
 Vec round_to_fp16(Vec x) {
   for (int i = 0; i < kLanes; ++i) x[i] = fp16_to_float(float_to_fp16_rn(x[i]));
   return x;
@@ -43,23 +31,19 @@ Vec round_to_bf16(Vec x) {  // as float_to_bf16_rn
   return reinterpret_cast<Vec>((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
 }
 
+Vec load_bf16(const uint16_t* p) {
+  Halves h;
+  memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+
 // fp32(x[at .. at+kLanes)), rounded as a product wants it
 template <Float kType, Float kRounded>
 Vec load_as(const void* x, int64_t at) {
   const uint16_t* const halves = static_cast<const uint16_t*>(x) + at;
-  if (kType == Float::bf16 && kRounded != Float::fp16) {
-    Halves h;
-    memcpy(&h, halves, sizeof h);
-    return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
-  }
-  Vec v;
-  if (kType == Float::fp32) {
-    v = load(static_cast<const float*>(x) + at);
-  } else if (kType == Float::fp16) {
-    v = widen_fp16(halves);
-  } else {
-    v = load_as<Float::bf16, Float::fp32>(x, at);
-  }
+  const Vec v = kType == Float::fp32   ? load(static_cast<const float*>(x) + at)
+                : kType == Float::fp16 ? load_fp16(halves)
+                                       : load_bf16(halves);
   if (kRounded == kType || kRounded == Float::fp32) return v;
   return kRounded == Float::bf16 ? round_to_bf16(v) : round_to_fp16(v);
 }

@@ -10,7 +10,6 @@ namespace lowp {
 namespace LOWP_ISA {
 
 constexpr int kPair = 2 * kLanes;
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kSmall = 8.5070592e37f;  // 2^126
 
@@ -51,9 +50,6 @@ static inline Pair merged(Pair x) {
       _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
   return {_mm512_permutex2var_ps(x.even, low, x.odd), _mm512_permutex2var_ps(x.even, high, x.odd)};
 }
-static inline Vec load_fp16(const uint16_t* x) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
 static inline void store_fp16(uint16_t* y, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -90,9 +86,6 @@ static inline Pair split(Vec a, Vec b) {
 static inline Pair merged(Pair x) {
   const Vec low = _mm256_unpacklo_ps(x.even, x.odd), high = _mm256_unpackhi_ps(x.even, x.odd);
   return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
-}
-static inline Vec load_fp16(const uint16_t* x) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 static inline void store_fp16(uint16_t* y, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));

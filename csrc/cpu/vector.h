@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "numerics/platform.h"
+#include "numerics/rounding.h"
 
 namespace lowp {
 namespace LOWP_ISA {
@@ -18,6 +18,9 @@ static inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 static inline Vec zero() { return _mm512_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec load_fp16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 #elif defined(__AVX2__)
 using Vec = __m256;
 constexpr int kLanes = 8;
@@ -27,6 +30,9 @@ static inline Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 static inline Vec zero() { return _mm256_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec load_fp16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 #else
 using Vec = __m128;
 constexpr int kLanes = 4;
@@ -36,7 +42,13 @@ static inline Vec broadcast(const float* p) { return _mm_load1_ps(p); }
 static inline Vec zero() { return _mm_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm_add_ps(a, b); }
 static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+static inline Vec load_fp16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = fp16_to_float(p[i]);
+  return x;
+}
 #endif
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 // A 32-bit unit, with AVX-512 at any address.
 static inline Vec broadcast_unit(const char* p) {

@@ -138,13 +138,10 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     An op's way to its kernel takes longer than a small product. It is needed where something
     watches or a backend is asked for, and to refuse what is no float.
     """
-    if not nothing_watches() or forced() is not None or native.cpu_refusal:
-        return False
-    for t in tensors:
-        if t is not None and not (type(t) in TENSORS and t.is_cpu and t.dtype in FLOATS
-                                  and not t.is_neg() and not t._is_zerotensor()):
-            return False
-    return True
+    return (
+        nothing_watches() and forced() is None and not native.cpu_refusal and _are_plain(tensors)
+        and all([t is None or t.dtype in FLOATS for t in tensors])
+    )
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:

@@ -71,9 +71,9 @@ linear_dgrad.kernel("reference")(reference.linear_dgrad)
 
 
 @linear_dgrad.kernel("cpu")
-def _cpu(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str,
-         out_dtype: torch.dtype) -> Tensor:
-    return multiply(dy, w.t(), None, activation, out_dtype, False, preact)[0]
+def _cpu(dy: Tensor, w: Tensor, preact: Tensor | None, activation: str, out_dtype: torch.dtype,
+         dtype: torch.dtype | None = None) -> Tensor:
+    return multiply(dy, w.t(), None, activation, out_dtype, False, preact, dtype)[0]
 
 
 @linear_dgrad.kernel("cuda")

@@ -52,8 +52,9 @@ linear_wgrad.kernel("reference")(reference.linear_wgrad)
 
 
 @linear_wgrad.kernel("cpu")
-def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dw = multiply(dy.t(), x.t(), None, "none", out_dtype, False)[0]
+def _cpu(dy: Tensor, x: Tensor, bias: bool, out_dtype: torch.dtype,
+         dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    dw = multiply(dy.t(), x.t(), None, "none", out_dtype, False, dtype=dtype)[0]
     return dw, bias_grad.kernels["cpu"](dy) if bias else dy.new_empty(0, dtype=torch.float32)
 
 
