@@ -1,5 +1,6 @@
 // What Python can call: one entry an op, pointers as integers, no logic.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include "accumulate.h"
@@ -22,17 +23,6 @@
 namespace py = pybind11;
 using namespace lowp;
 
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using Release = py::call_guard<py::gil_scoped_release>;
-
-}  // namespace
-
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of lowp: plain pointers in, nothing returned.";
   m.attr("source_hash") = LOWP_SOURCE_HASH;
@@ -44,30 +34,20 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("advance_steps", &advance_steps);
 
-  py::class_<PhiloxKey>(m, "PhiloxKey")
-      .def(py::init<uint64_t, uint32_t, uint32_t, uint32_t>(), py::arg("seed"), py::arg("step"),
-           py::arg("tensor"), py::arg("role"));
-
-  py::class_<Operand>(m, "Operand")
-      .def(py::init(
-          [](uintptr_t data, int type, int64_t row_stride, int64_t k_stride, int rounded_to) {
-            return Operand{pointer<const void>(data), Float(type), row_stride, k_stride,
-                           Float(rounded_to)};
-          }));
-
-  py::class_<Epilogue>(m, "Epilogue")
-      .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
-                       uintptr_t preact, int preact_type, bool backward) {
-        return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
-                        pointer<void>(y),          Float(y_type),    pointer<void>(preact),
-                        Float(preact_type),        backward};
-      }));
-
   m.def(
       "product",
-      [](const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t K,
-         const Epilogue& epilogue,
-         int threads) { cpu::product({a, b, M, N, K, epilogue, threads}); },
+      [](uintptr_t a, int a_type, int64_t a_row_stride, int64_t a_k_stride, uintptr_t b, int b_type,
+         int64_t b_row_stride, int64_t b_k_stride, int rounded_to, int64_t M, int64_t N, int64_t K,
+         const Epilogue& epilogue, int threads) {
+        const Float type = Float(rounded_to);
+        cpu::product({{pointer<const void>(a), Float(a_type), a_row_stride, a_k_stride, type},
+                      {pointer<const void>(b), Float(b_type), b_row_stride, b_k_stride, type},
+                      M,
+                      N,
+                      K,
+                      epilogue,
+                      threads});
+      },
       Release());
 
   m.def(

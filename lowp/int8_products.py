@@ -56,13 +56,12 @@ class Noise(NamedTuple):
 
         The passes of a step may share them; then one reading gives both where it can.
         """
-        output, dgrad = recipe.product("output"), recipe.product("grad_input")
-        operand = dgrad.right if transposed else output.right
+        operand = recipe.product("grad_input" if transposed else "output").right
         bits = None
         if operand.rounding == "stochastic":
             step = int(self.step) if self.step.device.type == "cpu" else self.step  # waits for none
             bits = self.seed, step, self.tensor
-        if are_shared(w) and are_read_together(output, output.right, dgrad, dgrad.right):
+        if recipe.weight_is_read_once and are_shared(w):
             return codes_of_weight(w, (operand, bits), lambda: self.both_codes(
                 w, operand.rounding, Role.WEIGHT_CODES, Role.WEIGHT_CODES))[transposed]
         make = self.transposed_codes if transposed else self.codes
@@ -74,23 +73,16 @@ def _along_columns(operand: Operand) -> str:
     return "column" if operand.granularity == "row" else "tensor"
 
 
-def are_read_together(first: Product, row: Operand, second: Product, column: Operand) -> bool:
-    """Whether one reading gives the codes of an operand by row and those of it by column."""
-    return first.is_int8 and second.is_int8 and row == column and row.granularity == "row"
-
-
 def output(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe,
            noise: Noise, save_preact: bool,
            keep: bool) -> tuple[Tensor, Tensor | None, Codes | None]:
     """act(x wᵀ + bias) of x [M, K], w [N, K], in ``x``'s type; the pre-activation, ``None`` or
     empty unless saved; and, to keep for the gradient of the weight, codes of x by column."""
-    product, wgrad = recipe.product("output"), recipe.product("grad_weight")
     role = Role.X_CODES
-    together = keep and are_read_together(product, product.left, wgrad, wgrad.right)
     y, preact, kept = _multiply(x, w, False, bias, activation, recipe, save_preact, noise, role,
-                                role if together else None)
+                                role if keep and recipe.x_is_read_once else None)
     if keep and kept is None:
-        kept = noise.transposed_codes(x, wgrad.right, role)
+        kept = noise.transposed_codes(x, recipe.product("grad_weight").right, role)
     return y, preact, kept
 
 
@@ -98,8 +90,7 @@ def grad_input(dz: Tensor, w: Tensor, recipe: Recipe, noise: Noise,
                keep: bool) -> tuple[Tensor, Codes | None]:
     """dx [M, K] = dz [M, N] w [N, K], in dz's type; and codes of dz by column, to keep for the
     gradient of the weight where that takes what is read here."""
-    dgrad, wgrad = recipe.product("grad_input"), recipe.product("grad_weight")
-    together = keep and are_read_together(dgrad, dgrad.left, wgrad, wgrad.left)
+    together = keep and recipe.grad_is_read_once
     dx, _, kept = _multiply(dz, w, True, None, "none", recipe, False, noise, Role.GRAD_CODES_DGRAD,
                             Role.GRAD_CODES_WGRAD if together else None)
     return dx, kept
@@ -163,6 +154,6 @@ def _quantized_mm(a: Tensor, b: Tensor, turned: bool, bias: Tensor | None, activ
         ROUNDINGS[right.rounding], Role.WEIGHT_CODES, rows, cols, depth, turned,
         noise.seed & (2**64 - 1), step_of(noise.step) if stochastic else 1, noise.tensor,
         kept[0].data_ptr() if kept else 0, kept[1].data_ptr() if kept else 0, kept_role or 0,
-        epilogue_of(extension, bias, activation, y, preact), torch.get_num_threads(),
+        epilogue_of(bias, activation, y, preact), torch.get_num_threads(),
     )
     return y, preact, kept

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
 from lowp import float_products, int8_products
@@ -143,6 +144,21 @@ class LinearFunction(torch.autograd.Function):
         return (*found, None, None)
 
 
+def _apply(x: Tensor, w: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
+    """``LinearFunction.apply``, in two thirds of its time where functorch has no part in it.
+
+    torch's looks, in Python, for a transform that runs and for tensors that have left one.
+    """
+    if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            or is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(w)
+            or (bias is not None and is_functorch_wrapped_tensor(bias))):
+        y: Tensor = LinearFunction.apply(x, w, bias, *others)  # type: ignore[no-untyped-call]
+    else:
+        y = super(torch.autograd.Function, LinearFunction).apply(  # type: ignore[no-untyped-call]
+            x, w, bias, *others)
+    return y
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none",
            recipe: str | int | Recipe = "bf16", *, key: Key | None = None) -> Tensor:
     """``act(x weightᵀ + bias)``, in the precision that ``recipe`` says.
@@ -177,24 +193,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
 def _linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe, seed: int,
             step: Tensor | None, tensor: int) -> Tensor:
     """:func:`linear` with its recipe and key taken apart; without a step the clock's is meant."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, w = x.to(dtype), w.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if torch._C._is_any_autocast_enabled():
+        x, w, bias = under_autocast(x, w, bias)
     _check(x, w, bias, activation, recipe)
     if step is None:
-        step = clock.on(x.device) if recipe.is_stochastic else clock.step
+        step = clock.step if x.is_cpu or not recipe.is_stochastic else clock.on(x.device)
     flat = x.dim() == 2
     rows = x if flat else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor
     if torch.is_grad_enabled():
-        y = LinearFunction.apply(  # type: ignore[no-untyped-call]
-            rows, w, bias, step, (recipe, activation, seed, tensor))
+        y = _apply(rows, w, bias, step, (recipe, activation, seed, tensor))
     else:
         noise = Noise(seed, step, tensor)
         y = _output(rows, w, bias, recipe, activation, noise, False, False)[0]
     return y if flat else y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def under_autocast(x: Tensor, *others: Tensor | None) -> Any:
+    """All in the type that autocast, where it is on for ``x``'s device, casts F.linear's to."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dtype) for t in (x, *others)]
 
 
 def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: Recipe) -> None:
@@ -208,7 +229,7 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: R
             "lowp.linear: expected x [..., K] and weight [N, K], "
             f"got {tuple(x.shape)} and {tuple(w.shape)}"
         )
-    if bias is not None and bias.shape != shape[:1]:
+    if bias is not None and bias.shape != (shape[0],):
         raise ValueError(
             f"lowp.linear: expected bias of shape ({w.shape[0]},), got {tuple(bias.shape)}"
         )

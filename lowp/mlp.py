@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowp import float_products
 from lowp.key import Key, tensor_id
-from lowp.linear import Linear, linear
+from lowp.linear import Linear, linear, under_autocast
 from lowp.ops.bias_grad import bias_grad
 from lowp.ops.product import ACTIVATIONS
 from lowp.recipe import Product, Recipe, recipe_of
@@ -123,10 +123,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         RuntimeError: a second derivative of float products where ``w1`` needs no gradient.
     """
     chosen = recipe_of(recipe)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
-        b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
+    x, w1, b1, w2, b2 = under_autocast(x, w1, b1, w2, b2)
     _check(x, w1, b1, w2, b2, activation, chosen)
     if not (torch.is_grad_enabled() and _fuses(chosen, activation)):
         up = Key(chosen.seed) if key is None else key

@@ -78,6 +78,8 @@ class Recipe:
         seed: seed of the stochastic roundings.
         uses_int8: whether any product is quantized; such a layer has no second derivative.
         is_stochastic: whether any operand is rounded stochastically.
+        x_is_read_once, weight_is_read_once, grad_is_read_once: whether one reading gives an
+            operand's codes by row, for one product, and those by column for another.
     """
 
     output: Product | str = "fp32"
@@ -86,6 +88,9 @@ class Recipe:
     seed: int = 0
     uses_int8: bool = field(init=False, repr=False, compare=False)
     is_stochastic: bool = field(init=False, repr=False, compare=False)
+    x_is_read_once: bool = field(init=False, repr=False, compare=False)
+    weight_is_read_once: bool = field(init=False, repr=False, compare=False)
+    grad_is_read_once: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in _PRODUCTS:
@@ -102,6 +107,14 @@ class Recipe:
         roundings = {r for p in quantized for r in (p.left.rounding, p.right.rounding)}
         object.__setattr__(self, "uses_int8", bool(quantized))
         object.__setattr__(self, "is_stochastic", "stochastic" in roundings)
+        output, dgrad, wgrad = map(self.product, _PRODUCTS)
+        for name, first, row, second, column in (
+            ("x_is_read_once", output, output.left, wgrad, wgrad.right),
+            ("weight_is_read_once", output, output.right, dgrad, dgrad.right),
+            ("grad_is_read_once", dgrad, dgrad.left, wgrad, wgrad.left),
+        ):
+            int8 = first.is_int8 and second.is_int8
+            object.__setattr__(self, name, int8 and row == column and row.granularity == "row")
 
     def product(self, name: str) -> Product:
         """The product named ``"output"``, ``"grad_input"`` or ``"grad_weight"``."""

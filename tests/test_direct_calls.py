@@ -135,3 +135,19 @@ def test_refusals_are_those_of_the_ops() -> None:
         lowp.linear(torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 3), recipe="int8")
     with pytest.raises(ValueError, match=f"K must be at most {MAX_K}"):
         lowp.linear(torch.ones(1, MAX_K + 1), torch.ones(1, MAX_K + 1), recipe="int8")
+
+
+@pytest.mark.parametrize("grad_enabled", (False, True))
+@pytest.mark.parametrize("recipe", ("int8", "bf16", "fp32"))
+def test_what_has_left_a_transform(recipe: str, grad_enabled: bool) -> None:
+    """A tensor that outlives torch.func.grad has no memory of its own, and stays a tensor."""
+    left: list[Tensor] = []
+
+    def loss(x: Tensor) -> Tensor:
+        left.append(x)
+        return x.sum()
+
+    layer, x = lowp.Linear(8, 6, precision=recipe), torch.randn(4, 8)
+    torch.func.grad(loss)(x)
+    with torch.set_grad_enabled(grad_enabled):
+        assert same_bits(layer(left[0]).detach(), layer(x).detach())

@@ -160,40 +160,44 @@ void quantize_columns(const QuantizeArgs& a) {
   });
 }
 
+constexpr int kCopied = 64;  // a copy of a known size is one register's
 constexpr int kTileRows = 128, kTileCols = 128;
 constexpr int kRowsAhead = 8;  // a tile's rows lie apart, where no cache fetches by itself
 
-// Codes of the rows and columns of one tile, turned by units of 4 rows.
+// Codes of the rows and columns of one tile, turned by units of 4 rows. Squares of kLanes units and
+// columns are turned whole, with whatever the lines hold where x has no element.
 struct Tile {
-  uint8_t lines[4][kTileCols];
+  uint8_t lines[4][kTileCols] = {};
   float quads[kTileRows / 4][kTileCols];  // a unit: the codes of 4 rows of a column
   float turned[kTileCols][kTileRows / 4];
 
   // encode(row, codes): one row's codes
   template <class Encode>
-  void fill(int rows, const Encode& encode) {
-    for (int r = 0; r < rows; r += 4) {
+  void fill(int rows, int cols, const Encode& encode) {
+    for (int r = 0; r < squares_of(rows, 4 * kLanes); r += 4) {
       for (int i = 0; i < 4 && r + i < rows; ++i) {
         encode(r + i, reinterpret_cast<int8_t*>(lines[i]));
       }
-      interleave_bytes(lines[0], kTileCols, kTileCols, quads[r / 4]);
+      interleave_bytes(lines[0], kTileCols, squares_of(cols, kLanes), quads[r / 4]);
     }
   }
 
   void write(int8_t* out, int64_t stride, int rows, int cols) {
-    for (int r = 0; r < kTileRows / 4; r += kLanes) {
-      for (int c = 0; c < kTileCols; c += kLanes) {
+    for (int r = 0; r < (rows + 3) / 4; r += kLanes) {
+      for (int c = 0; c < cols; c += kLanes) {
         transpose_square(quads[r] + c, kTileCols, turned[c] + r, kTileRows / 4);
       }
     }
     for (int c = 0; c < cols; ++c) {
-      if (rows == kTileRows) {  // a copy of a known size is one register's
-        memcpy(out + c * stride, turned[c], kTileRows);
-      } else {
-        memcpy(out + c * stride, turned[c], static_cast<size_t>(rows));
-      }
+      const auto* column = reinterpret_cast<const int8_t*>(turned[c]);
+      int r = 0;
+      for (; r + kCopied <= rows; r += kCopied) memcpy(out + c * stride + r, column + r, kCopied);
+      if (r < rows) memcpy(out + c * stride + r, column + r, static_cast<size_t>(rows - r));
     }
   }
+
+ private:
+  static int squares_of(int n, int side) { return (n + side - 1) / side * side; }
 };
 
 // Both largest magnitudes come from one reading of x; a row's codes follow at once, while it is in
@@ -225,7 +229,7 @@ void quantize_both(const QuantizeRowColArgs& a) {
   parallel_for(a.cols, kTileCols, a.threads, [&](int64_t begin, int64_t end) {
     float inv_scale[kTileCols];
     Draws draws;
-    Tile tile = {};  // whose rows and columns beyond x's are turned too
+    Tile tile;
     for (int64_t c = begin; c < end; c += kTileCols) {
       const int cols = static_cast<int>(end - c < kTileCols ? end - c : kTileCols);
       for (int j = 0; j < cols; ++j) {
@@ -235,7 +239,7 @@ void quantize_both(const QuantizeRowColArgs& a) {
       }
       for (int64_t r = 0; r < a.rows; r += kTileRows) {
         const int rows = static_cast<int>(a.rows - r < kTileRows ? a.rows - r : kTileRows);
-        tile.fill(rows, [&](int i, int8_t* codes) {
+        tile.fill(rows, cols, [&](int i, int8_t* codes) {
           const int64_t first = (r + i) * a.cols + c;
           if (r + i + kRowsAhead < a.rows) by_col.fetch(x + first + kRowsAhead * a.cols, cols);
           by_col.template encode<1>(first, cols, inv_scale, codes, draws);

@@ -1,6 +1,6 @@
 // What Python can call on CUDA devices: one entry an op, pointers as integers, no logic.
 // The tests build this file, and the kernels that are bodies for host and device, without CUDA.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
 #include "cuda/ops.h"
 
@@ -16,13 +16,6 @@ void define_host(py::module_& m);  // tests/cuda_host/products.cpp
 #endif
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using Release = py::call_guard<py::gil_scoped_release>;
 
 template <class Tensor>
 void define_table(py::module_& m, const char* name) {
@@ -54,20 +47,6 @@ void define_runs(py::module_& m, const char* name) {
 void define_types(py::module_& m) {
   py::class_<cuda::Place>(m, "Place", py::module_local())
       .def(py::init([](int device, uintptr_t stream) { return cuda::Place{device, stream}; }));
-  py::class_<PhiloxKey>(m, "PhiloxKey", py::module_local())
-      .def(py::init<uint64_t, uint32_t, uint32_t, uint32_t>(), py::arg("seed"), py::arg("step"),
-           py::arg("tensor"), py::arg("role"));
-  py::class_<Operand>(m, "Operand", py::module_local())
-      .def(py::init([](uintptr_t data, int type, int64_t row_stride, int64_t k_stride) {
-        return Operand{pointer<const void>(data), Float(type), row_stride, k_stride};
-      }));
-  py::class_<Epilogue>(m, "Epilogue", py::module_local())
-      .def(py::init([](uintptr_t bias, int bias_type, int activation, uintptr_t y, int y_type,
-                       uintptr_t preact, int preact_type, bool backward) {
-        return Epilogue{pointer<const void>(bias), Float(bias_type), Activation(activation),
-                        pointer<void>(y),          Float(y_type),    pointer<void>(preact),
-                        Float(preact_type),        backward};
-      }));
   py::class_<cuda::UpdateClock>(m, "UpdateClock", py::module_local())
       .def(py::init([](double lr, uintptr_t lr_pointer, double weight_decay, double beta1,
                        double beta2, uintptr_t grad_scale, uintptr_t found_inf) {
@@ -106,9 +85,12 @@ void define_types(py::module_& m) {
 void define_products(py::module_& m) {
   m.def(
       "product",
-      [](const cuda::Place& place, const Operand& a, const Operand& b, int64_t M, int64_t N,
-         int64_t K, const Epilogue& epilogue, uintptr_t row_sums) {
-        return cuda::product(place, {a, b, M, N, K, epilogue, 0}, pointer<float>(row_sums));
+      [](const cuda::Place& place, uintptr_t a, int a_type, int64_t a_row_stride,
+         int64_t a_k_stride, uintptr_t b, int b_type, int64_t b_row_stride, int64_t b_k_stride,
+         int64_t M, int64_t N, int64_t K, const Epilogue& epilogue, uintptr_t row_sums) {
+        const Operand left{pointer<const void>(a), Float(a_type), a_row_stride, a_k_stride};
+        const Operand right{pointer<const void>(b), Float(b_type), b_row_stride, b_k_stride};
+        return cuda::product(place, {left, right, M, N, K, epilogue, 0}, pointer<float>(row_sums));
       },
       Release());
   m.def(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
@@ -78,7 +79,7 @@ class Op:
         return results
 
     def __call__(self, *args: Any) -> Any:
-        if nothing_watches() and _are_plain(args):
+        if nothing_watches() and _are_plain(args, torch.is_grad_enabled()):
             return self._run(*args)
         if self._seed is not None and args[self._seed] >= 2**63:  # a schema's int is signed
             signed = args[self._seed] - 2**64
@@ -93,12 +94,11 @@ _NO_TENSORS = frozenset((str, int, float, bool, torch.dtype, type(None)))
 def nothing_watches() -> bool:
     """Whether torch's dispatcher would do no more than find the kernel.
 
-    That is so without gradients to record and without a compiler, tracer, mode, functorch transform
-    or profiler; going around it then saves a third of the host time of a small call.
+    That is so without a compiler, tracer, mode, functorch transform or profiler, and where no
+    gradients are recorded; going around it then saves a third of the host time of a small call.
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -107,14 +107,17 @@ def nothing_watches() -> bool:
     )
 
 
-def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether all tensors, in lists too, are torch's own, on the CPU, and hold what they mean."""
+def _are_plain(args: Sequence[Any], grad_enabled: bool = False) -> bool:
+    """Whether all tensors, in lists too, are torch's own, on the CPU, and hold what they mean; and
+    where gradients are recorded, that none is of a tensor among them."""
     for value in args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            if not value.is_cpu or value.is_neg() or value._is_zerotensor():
+            if (not value.is_cpu or value.is_neg() or value._is_zerotensor()
+                    or (grad_enabled and value.requires_grad)
+                    or is_functorch_wrapped_tensor(value)):
                 return False
-        elif kind is list:
+        elif kind is list and not grad_enabled:
             kinds = set(map(type, value))
             if not (all_plain(value) if kinds <= TENSORS else
                     kinds <= _NO_TENSORS or _are_plain(value)):
@@ -125,7 +128,10 @@ def _are_plain(args: Sequence[Any]) -> bool:
 
 
 def all_plain(tensors: Sequence[Tensor]) -> bool:
-    """:func:`_are_plain` of a list of torch's own tensors: by attributes, which is quicker."""
+    """:func:`_are_plain` of a list of torch's own tensors: by attributes, which is quicker.
+
+    It does not look for what a functorch transform left: nobody's parameters or gradients are that.
+    """
     return (
         all([t.is_cpu for t in tensors]) and not any(map(Tensor.is_neg, tensors))
         and not any(map(Tensor._is_zerotensor, tensors))
@@ -139,7 +145,8 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     watches or a backend is asked for, and to refuse what is no float.
     """
     return (
-        nothing_watches() and forced() is None and not native.cpu_refusal and _are_plain(tensors)
+        not torch.is_grad_enabled() and nothing_watches() and forced() is None
+        and not native.cpu_refusal and _are_plain(tensors)
         and all([t is None or t.dtype in FLOATS for t in tensors])
     )
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,22 +61,16 @@ def strided(x: Tensor) -> tuple[Tensor, int, int]:
     return x, row, 1 if x.shape[1] == 1 else k  # the stride of a single column means nothing
 
 
-def _operand(extension: ModuleType, x: Tensor, *rounded_to: int) -> tuple[Any, Tensor]:
-    """The kernel's view of a matrix whose second dimension is summed over, and what owns it."""
-    x, row, k = strided(x)
-    return extension.Operand(x.data_ptr(), FLOATS[x.dtype], row, k, *rounded_to), x
-
-
-def epilogue_of(extension: ModuleType, bias: Tensor | None, activation: str, y: Tensor,
-                preact: Tensor | None, backward: bool = False) -> Any:
-    """The kernel's view of what follows a sum, where ``preact`` may be written.
+def epilogue_of(bias: Tensor | None, activation: str, y: Tensor, preact: Tensor | None,
+                backward: bool = False) -> tuple[int, ...]:
+    """csrc/linear.h: Epilogue, what follows a sum, where ``preact`` may be written.
 
     ``backward``: ``preact`` is read, and what follows is the activation's gradient.
     """
     bias_at, bias_type = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
     preact_at, preact_type = (0, 0) if preact is None else (preact.data_ptr(), FLOATS[preact.dtype])
-    return extension.Epilogue(bias_at, bias_type, ACTIVATIONS[activation], y.data_ptr(),
-                              FLOATS[y.dtype], preact_at, preact_type, backward)
+    return (bias_at, bias_type, ACTIVATIONS[activation], y.data_ptr(), FLOATS[y.dtype], preact_at,
+            preact_type, backward)
 
 
 def is_torchs(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -155,15 +147,15 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
-                                  epilogue_of(extension, None, activation, y, preact, backward),
+                                  epilogue_of(None, activation, y, preact, backward),
                                   threads)
         return y, preact
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
-    rounded_to = FLOATS[dtype]
-    (left, a), (right, b) = (_operand(extension, x, rounded_to) for x in (a, b))
-    extension.product(left, right, rows, cols, depth,
-                      epilogue_of(extension, bias, activation, y, preact, backward), threads)
+    (a, a_row, a_k), (b, b_row, b_k) = strided(a), strided(b)
+    extension.product(a.data_ptr(), FLOATS[a.dtype], a_row, a_k, b.data_ptr(), FLOATS[b.dtype],
+                      b_row, b_k, FLOATS[dtype], rows, cols, depth,
+                      epilogue_of(bias, activation, y, preact, backward), threads)
     return y, preact
 
 
@@ -186,12 +178,13 @@ def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
     if a.dtype == torch.float32:
         z = functional.linear(a, b)
         extension.linear_epilogue(place, z.data_ptr(), rows, cols,
-                                  epilogue_of(extension, bias, activation, y, preact, backward))
+                                  epilogue_of(bias, activation, y, preact, backward))
         summed = False
     else:
-        (left, a), (right, b) = _operand(extension, a), _operand(extension, b)
-        summed = extension.product(place, left, right, rows, cols, depth,
-                                   epilogue_of(extension, bias, activation, y, preact, backward),
+        (a, a_row, a_k), (b, b_row, b_k) = strided(a), strided(b)
+        summed = extension.product(place, a.data_ptr(), FLOATS[a.dtype], a_row, a_k, b.data_ptr(),
+                                   FLOATS[b.dtype], b_row, b_k, rows, cols, depth,
+                                   epilogue_of(bias, activation, y, preact, backward),
                                    0 if row_sums is None else row_sums.data_ptr())
     if row_sums is not None and not summed:
         sum_columns_cuda(a.t(), row_sums)

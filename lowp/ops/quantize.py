@@ -107,7 +107,7 @@ def _cpu(x: Tensor, granularity: str, block: int, rounding: str, seed: int, step
     codes, scale = outputs(x, granularity, block)
     rows, cols = rows_cols(x)
     now = step_of(step) if rounding == "stochastic" else 1
-    key = extension.PhiloxKey(seed & (2**64 - 1), now, tensor, role)
+    key = (seed & (2**64 - 1), now, tensor, role)
     extension.quantize(
         x.data_ptr(), FLOATS[x.dtype], rows, cols, GRANULARITIES[granularity], block,
         ROUNDINGS[rounding], key, offset, codes.data_ptr(), scale.data_ptr(),
@@ -128,8 +128,8 @@ def _cuda(x: Tensor, granularity: str, block: int, rounding: str, seed: int, ste
     workspace = torch.zeros(words, dtype=torch.int32, device=x.device)
     extension.quantize(
         cuda_place(x), x.data_ptr(), FLOATS[x.dtype], rows, cols, GRANULARITIES[granularity], block,
-        ROUNDINGS[rounding], extension.PhiloxKey(seed & (2**64 - 1), now, tensor, role), address,
-        offset, codes.data_ptr(), scale.data_ptr(), workspace.data_ptr(),
+        ROUNDINGS[rounding], (seed & (2**64 - 1), now, tensor, role), address, offset,
+        codes.data_ptr(), scale.data_ptr(), workspace.data_ptr(),
     )
     return codes, scale
 

@@ -68,10 +68,9 @@ def _cpu(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int, 
     codes, scale, col_codes, col_scale = outputs(x)
     seed, now = seed & (2**64 - 1), step_of(step)
     extension.quantize_row_col(
-        x.data_ptr(), FLOATS[x.dtype], *x.shape, ROUNDINGS[rounding],
-        extension.PhiloxKey(seed, now, tensor, row_role),
-        extension.PhiloxKey(seed, now, tensor, col_role), offset, codes.data_ptr(),
-        scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), FLOATS[x.dtype], *x.shape, ROUNDINGS[rounding], (seed, now, tensor, row_role),
+        (seed, now, tensor, col_role), offset, codes.data_ptr(), scale.data_ptr(),
+        col_codes.data_ptr(), col_scale.data_ptr(), torch.get_num_threads(),
     )
     return codes, scale, col_codes, col_scale
 
@@ -86,9 +85,9 @@ def _cuda(x: Tensor, rounding: str, seed: int, step: Tensor | None, tensor: int,
     workspace = torch.zeros(sum(x.shape), dtype=torch.int32, device=x.device)
     extension.quantize_row_col(
         cuda_place(x), x.data_ptr(), FLOATS[x.dtype], *x.shape, ROUNDINGS[rounding],
-        extension.PhiloxKey(seed, now, tensor, row_role),
-        extension.PhiloxKey(seed, now, tensor, col_role), address, offset, codes.data_ptr(),
-        scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(), workspace.data_ptr(),
+        (seed, now, tensor, row_role), (seed, now, tensor, col_role), address, offset,
+        codes.data_ptr(), scale.data_ptr(), col_codes.data_ptr(), col_scale.data_ptr(),
+        workspace.data_ptr(),
     )
     return codes, scale, col_codes, col_scale
 

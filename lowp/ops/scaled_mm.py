@@ -94,7 +94,7 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
     extension.scaled_mm(
         a.data_ptr(), a_row, a_k, b.data_ptr(), b_row, b_k, rows, cols, depth,
         row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
-        int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
+        int(col_scale.numel() > 1), epilogue_of(bias, activation, y, preact),
         torch.get_num_threads(),
     )
     return y, a.new_empty(0, dtype=out_dtype) if preact is None else preact
@@ -127,7 +127,7 @@ def _cuda(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tens
     extension.scaled_mm(
         cuda_place(a), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, cols, depth,
         row_scale.data_ptr(), int(row_scale.numel() > 1), col_scale.data_ptr(),
-        int(col_scale.numel() > 1), epilogue_of(extension, bias, activation, y, preact),
+        int(col_scale.numel() > 1), epilogue_of(bias, activation, y, preact),
     )
     return y, a.new_empty(0, dtype=out_dtype) if preact is None else preact
 
