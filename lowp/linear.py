@@ -283,8 +283,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``act(input weightᵀ + bias)``, [..., in_features] to [..., out_features]."""
         recipe = self.recipe
-        return _linear(input, self.weight, self.bias, self.activation, recipe, recipe.seed, None,
-                       self.noise_id)
+        parameters: dict[str, Any] = self._parameters  # where nn.Module looks last, and slowly
+        if "weight" in parameters and "bias" in parameters:
+            w, bias = parameters["weight"], parameters["bias"]
+        else:  # torch.nn.utils.parametrize and others compute one
+            w, bias = self.weight, self.bias
+        return _linear(input, w, bias, self.activation, recipe, recipe.seed, None, self.noise_id)
 
     def extra_repr(self) -> str:
         """As ``nn.Linear``'s, followed by what differs from it."""
