@@ -4,8 +4,9 @@
 
 Every arm is a process of its own. What the kernel says that it held (/proc/self/status: VmHWM at
 most, VmRSS after the last step) is compared with a process that does the same with one small layer,
-so that libraries are no part of the difference. Beside it stands what the tensors add up to. A bf16
-product of torch needs an fp32 layer more for a while. glibc maps tensors of 32 MB, as layers 4096
+so that libraries are no part of the difference. Beside it stands what the tensors add up to. The
+arm of torch has torch's layers, the others lowp's: a bf16 product of torch needs an fp32 layer more
+for a while where the CPU has no instruction for it. glibc maps tensors of 32 MB, as layers 4096
 wide have them, one by one; of smaller ones it keeps the holes, unless MALLOC_MMAP_THRESHOLD_ is
 set. Writes ``results/optimizer_memory.json``.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import lowp
 from benchmarks.measure import record
 
-SIZES = ((8, 4096), (32, 1024))  # layers, and how wide they are
+SIZES = ((32, 4096), (32, 1024))  # layers, and how wide they are
 STEPS = 3
 ROOT = Path(__file__).resolve().parents[1]
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -38,6 +39,7 @@ class Arm(NamedTuple):
     weights: torch.dtype
     make: Make
     release: bool = False
+    layer: type[nn.Linear] = lowp.Linear
 
 
 def lowps(**options: Any) -> Make:
@@ -47,7 +49,8 @@ def lowps(**options: Any) -> Make:
 
 ARMS = {
     "fp32, torch fused AdamW": Arm(
-        torch.float32, lambda model: torch.optim.AdamW(model.parameters(), fused=True)),
+        torch.float32, lambda model: torch.optim.AdamW(model.parameters(), fused=True),
+        layer=nn.Linear),
     "fp32, int8 states": Arm(torch.float32, lowps(state_dtype="int8")),
     "bf16, bf16 states": Arm(torch.bfloat16, lowps()),
     "bf16, bf16 states, gradient release": Arm(torch.bfloat16, lowps(), release=True),
@@ -62,7 +65,7 @@ ARMS = {
 def train(arm: Arm, layers: int, width: int) -> dict[str, float]:
     """Bytes of this process, and of its tensors, over some steps of a chain of square layers."""
     shape = width, width
-    chain = [nn.Linear(*shape, bias=False, dtype=arm.weights) for _ in range(layers)]
+    chain = [arm.layer(*shape, bias=False, dtype=arm.weights) for _ in range(layers)]
     model = nn.Sequential(*chain)
     optimizer = arm.make(model)
     if arm.release:

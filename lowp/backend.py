@@ -151,6 +151,11 @@ def forced() -> str | None:
     return _forced[-1] if _forced else _of_environment()
 
 
+def runs_cpu_kernels() -> bool:
+    """Whether CPU tensors go to the CPU kernels: those are there, and nothing else is asked for."""
+    return not native.cpu_refusal and forced() is None
+
+
 def _unfit(name: str, device: torch.device) -> str:
     """Why a backend that runs here does not take tensors on ``device``; empty where it does."""
     if name == "cpu" and device.type != "cpu":
@@ -210,7 +215,7 @@ def choose(op: str, device: torch.device, has: Iterable[str],
 def select(op: str, device: torch.device, has: Iterable[str],
            problem: Problem | None = None) -> str:
     """As :func:`choose`, and a fall back to the reference is said once, or forbidden."""
-    if device.type == "cpu" and not native.cpu_refusal and "cpu" in has and forced() is None:
+    if device.type == "cpu" and "cpu" in has and runs_cpu_kernels():
         return "cpu"  # what choose would say, in a tenth of its time
     choice = choose(op, device, has, problem)
     if choice.name == "reference" and choice.refused:

@@ -12,8 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from lowp import native
-from lowp.backend import forced, select
+from lowp.backend import runs_cpu_kernels, select
 from lowp.measured import problem_of
 
 LIBRARY = torch.library.Library("lowp", "DEF")
@@ -145,9 +144,8 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     watches or a backend is asked for, and to refuse what is no float.
     """
     return (
-        not torch.is_grad_enabled() and nothing_watches() and forced() is None
-        and not native.cpu_refusal and _are_plain(tensors)
-        and all([t is None or t.dtype in FLOATS for t in tensors])
+        not torch.is_grad_enabled() and nothing_watches() and runs_cpu_kernels()
+        and _are_plain(tensors) and all([t is None or t.dtype in FLOATS for t in tensors])
     )
 
 

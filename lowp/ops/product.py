@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowp import native
-from lowp.backend import forced
+from lowp.backend import runs_cpu_kernels
 from lowp.native import cpu_extension, cuda_extension, cuda_place
 from lowp.ops.bias_grad import sum_columns_cuda
 from lowp.ops.library import FLOATS
@@ -87,8 +86,7 @@ def is_torchs(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> 
         and a.is_cpu
         and b.is_cpu
         and not torch.compiler.is_compiling()
-        and not native.cpu_refusal
-        and forced() is None
+        and runs_cpu_kernels()
     )
 
 
