@@ -120,7 +120,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, step: Tensor,
                 options: tuple[Recipe, str, int, int]) -> Tensor:
         recipe, activation, seed, tensor = ctx.options = options
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        need_x, need_w, need_b, _, _ = ctx.needs_input_grad
         save_preact = activation != "none" and (need_x or need_w or need_b)
         keep_codes = need_w and recipe.product("grad_weight").is_int8
         y, preact, codes = _output(x, w, bias, recipe, activation, Noise(seed, step, tensor),
