@@ -39,14 +39,11 @@ PYBIND11_MODULE(_cpu, m) {
       [](uintptr_t a, int a_type, int64_t a_row_stride, int64_t a_k_stride, uintptr_t b, int b_type,
          int64_t b_row_stride, int64_t b_k_stride, int rounded_to, int64_t M, int64_t N, int64_t K,
          const Epilogue& epilogue, int threads) {
-        const Float type = Float(rounded_to);
-        cpu::product({{pointer<const void>(a), Float(a_type), a_row_stride, a_k_stride, type},
-                      {pointer<const void>(b), Float(b_type), b_row_stride, b_k_stride, type},
-                      M,
-                      N,
-                      K,
-                      epilogue,
-                      threads});
+        const Operand left{pointer<const void>(a), Float(a_type), a_row_stride, a_k_stride,
+                           Float(rounded_to)};
+        const Operand right{pointer<const void>(b), Float(b_type), b_row_stride, b_k_stride,
+                            Float(rounded_to)};
+        cpu::product({left, right, M, N, K, epilogue, threads});
       },
       Release());
 

@@ -160,8 +160,8 @@ void quantize_columns(const QuantizeArgs& a) {
   });
 }
 
-constexpr int kCopied = 64;  // a copy of a known size is one register's
 constexpr int kTileRows = 128, kTileCols = 128;
+constexpr int kCopied = 64;    // bytes: a copy of a known size is one register's
 constexpr int kRowsAhead = 8;  // a tile's rows lie apart, where no cache fetches by itself
 
 // Codes of the rows and columns of one tile, turned by units of 4 rows. Squares of kLanes units and

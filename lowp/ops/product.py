@@ -145,8 +145,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
             return z, preact
         y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
-                                  epilogue_of(None, activation, y, preact, backward),
-                                  threads)
+                                  epilogue_of(None, activation, y, preact, backward), threads)
         return y, preact
     bias = None if bias is None else bias.contiguous()
     y = a.new_empty((rows, cols), dtype=out_dtype)
