@@ -197,7 +197,7 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, recipe: 
         x, w, bias = under_autocast(x, w, bias)
     _check(x, w, bias, activation, recipe)
     if step is None:
-        step = clock.step if x.is_cpu or not recipe.is_stochastic else clock.on(x.device)
+        step = clock.on(x.device) if recipe.is_stochastic else clock.step
     flat = x.dim() == 2
     rows = x if flat else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor
