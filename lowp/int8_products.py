@@ -141,9 +141,9 @@ def _quantized_mm(a: Tensor, b: Tensor, turned: bool, bias: Tensor | None, activ
     (rows, depth), cols = a.shape, b.shape[turned]
     left, right = product.left, product.right
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols))
+    y = a.new_empty(rows, cols)
     preact = preact_of(a, cols, a.dtype, save_preact)
-    kept = None if kept_role is None else (a.new_empty((depth, rows), dtype=torch.int8),
+    kept = None if kept_role is None else (a.new_empty(depth, rows, dtype=torch.int8),
                                            a.new_empty(depth, dtype=torch.float32))
     stochastic = "stochastic" in (left.rounding, right.rounding)
     extension = cpu_extension()

@@ -122,7 +122,7 @@ def preact_of(a: Tensor, cols: int, dtype: torch.dtype, save: bool,
     """What an epilogue reads or writes beside a result of a's rows, where that is anything."""
     if derivative_at is not None:
         return derivative_at.contiguous()
-    return a.new_empty((a.shape[0], cols), dtype=dtype) if save else None
+    return a.new_empty(a.shape[0], cols, dtype=dtype) if save else None
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
@@ -143,12 +143,12 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dty
                               None if bias is None else cast(bias, dtype))
         if activation == "none" and out_dtype == dtype and not save_preact:
             return z, preact
-        y = z if out_dtype == torch.float32 else a.new_empty((rows, cols), dtype=out_dtype)
+        y = z if out_dtype == torch.float32 else a.new_empty(rows, cols, dtype=out_dtype)
         extension.linear_epilogue(z.data_ptr(), rows, cols,
                                   epilogue_of(None, activation, y, preact, backward), threads)
         return y, preact
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols), dtype=out_dtype)
+    y = a.new_empty(rows, cols, dtype=out_dtype)
     (a, a_row, a_k), (b, b_row, b_k) = strided(a), strided(b)
     extension.product(a.data_ptr(), FLOATS[a.dtype], a_row, a_k, b.data_ptr(), FLOATS[b.dtype],
                       b_row, b_k, FLOATS[dtype], rows, cols, depth,
@@ -171,7 +171,7 @@ def multiply_cuda(a: Tensor, b: Tensor, bias: Tensor | None, activation: str,
     preact = preact_of(a, cols, a.dtype, save_preact, derivative_at)
     backward = derivative_at is not None
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols), dtype=out_dtype)
+    y = a.new_empty(rows, cols, dtype=out_dtype)
     if a.dtype == torch.float32:
         z = functional.linear(a, b)
         extension.linear_epilogue(place, z.data_ptr(), rows, cols,

@@ -88,7 +88,7 @@ def _cpu(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tenso
     (a, a_row, a_k), (b, b_row, b_k) = strided(a), strided(b)
     row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols), dtype=out_dtype)
+    y = a.new_empty(rows, cols, dtype=out_dtype)
     preact = preact_of(a, cols, out_dtype, save_preact)
     extension = cpu_extension()
     extension.scaled_mm(
@@ -122,7 +122,7 @@ def _cuda(a: Tensor, b: Tensor, row_scale: Tensor, col_scale: Tensor, bias: Tens
     a, b = _along_k(a), _along_k(b)
     row_scale, col_scale = row_scale.contiguous(), col_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = a.new_empty((rows, cols), dtype=out_dtype)
+    y = a.new_empty(rows, cols, dtype=out_dtype)
     preact = preact_of(a, cols, out_dtype, save_preact)
     extension.scaled_mm(
         cuda_place(a), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, cols, depth,
