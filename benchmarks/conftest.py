@@ -38,8 +38,8 @@ def compare(rows: list[dict[str, Any]], benchmark: Any) -> Compare:
     """Time candidates interleaved, add a row; pytest-benchmark times ours once more by itself."""
 
     def run(labels: dict[str, Any], candidates: Candidates, ours: str,
-            work: Work | None = None, rounds: int = 30) -> None:
-        times = interleaved(candidates, rounds)
+            work: Work | None = None) -> None:
+        times = interleaved(candidates)
         row: dict[str, Any] = dict(with_ratios(times, ours))
         if work is not None:
             row["work"] = sample(work)

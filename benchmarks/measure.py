@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import subprocess
@@ -22,11 +23,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Candidates = dict[str, Callable[[], object]]
 
 
+AT_LEAST = 1.0  # seconds, so that calls of microseconds are not timed in one moment of the machine
 ENOUGH = 20.0  # seconds after which five rounds are enough
 
 
 def interleaved(candidates: Candidates, rounds: int = 30, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each candidate over at most ``rounds``.
+    """Median seconds of each candidate over ``rounds``, of short calls more, of long ones fewer.
 
     One call of each a round, in an order that turns round every time, so a machine that slows down
     or speeds up does so for all of them.
@@ -36,8 +38,9 @@ def interleaved(candidates: Candidates, rounds: int = 30, warmup: int = 3) -> di
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     began = time.perf_counter()
-    for index in range(rounds):
-        if index >= 5 and time.perf_counter() - began > ENOUGH:
+    for index in itertools.count():
+        passed = time.perf_counter() - began
+        if (index >= rounds and passed > AT_LEAST) or (index >= 5 and passed > ENOUGH):
             break
         names = list(candidates)
         for name in names if index % 2 == 0 else reversed(names):
