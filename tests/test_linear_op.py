@@ -91,6 +91,17 @@ def test_dgrad_epilogue_is_exact(product_isa, kernel, dtype, activation):
     cases.assert_dgrad_epilogue(CPU, dtype, activation)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_that_go_past_the_caches(product_isa, dtype):
+    """32 MB of fp32 or more are stored so, where rows are whole registers; their parts are not."""
+    for n in (2048, 2050):
+        x, w = torch.randn(4096, 8).to(dtype), torch.randn(n, 8).to(dtype)
+        others = torch.randn(n), "relu", torch.float32, True
+        parts = [linear(x[i : i + 1024], w, *others) for i in range(0, 4096, 1024)]
+        for found, *pieces in zip(linear(x, w, *others), *parts, strict=True):
+            assert same_bits(found, torch.cat(pieces)), n
+
+
 def test_threads_do_not_change_bits(product_isa, kernel):
     results = []
     before = torch.get_num_threads()

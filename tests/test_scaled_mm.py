@@ -18,7 +18,7 @@ from lowp.ops.scaled_mm import MAX_K, scaled_mm
 from tests import cases
 from tests.cases import codes
 from tests.targets import CPU
-from tests.tensors import FLOATS
+from tests.tensors import FLOATS, same_bits
 
 ONE = torch.ones(1)
 
@@ -90,6 +90,19 @@ def test_poisoned_groups_show(product_isa):
         want = torch.zeros(5, 6, dtype=torch.bool)
         want[2], want[:, 3] = True, True
         assert torch.equal(y.isnan(), want)
+
+
+def test_outputs_that_go_past_the_caches(product_isa):
+    """32 MB of fp32 or more are stored so, where rows are whole registers; their parts are not."""
+    for n in (2048, 2056, 2050):
+        a, b = codes(4096, 8), codes(n, 8)
+        scale = torch.rand(4096)
+        others = torch.rand(n), torch.randn(n), "relu", torch.float32, True
+        whole = scaled_mm(a, b, scale, *others)
+        parts = [scaled_mm(a[i : i + 1024], b, scale[i : i + 1024], *others)
+                 for i in range(0, 4096, 1024)]
+        for found, *pieces in zip(whole, *parts, strict=True):
+            assert same_bits(found, torch.cat(pieces)), n
 
 
 def test_strides_offsets_and_empty(product_isa):

@@ -3,6 +3,8 @@
 #pragma once
 #include "cpu/activations.h"
 #include "cpu/floats.h"
+#include "cpu/pages.h"
+#include "cpu/vector.h"
 #include "linear.h"
 
 namespace lowp {
@@ -22,9 +24,16 @@ static inline void multiply_derivative(float* dz, int n, const Epilogue& e, int6
   });
 }
 
+// Whether y, of so many elements, is stored past the caches; an sfence must follow. From 32 MB on:
+// at 16 MB it gains nothing, and what reads y next may still find it in a cache.
+static inline bool goes_around(const Epilogue& e, int64_t numel) {
+  return e.y_type == Float::fp32 && !e.backward && numel * 4 >= 2 * kAround;
+}
+
 // z[n], n <= kRun: the sums with their bias added, of elements begin .. begin+n-1 of y;
 // overwritten.
-static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin) {
+static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin,
+                              bool around = false) {
   if (e.backward) {
     multiply_derivative(z, n, e, begin);
     return store_floats(z, n, e.y_type, e.y, begin);
@@ -34,7 +43,10 @@ static inline void finish_run(float* z, int n, const Epilogue& e, int64_t begin)
     store_floats(z, n, e.preact_type, e.preact, begin);
   }
   float* const y = e.y_type == Float::fp32 ? static_cast<float*>(e.y) + begin : z;
-  with_activation(e.activation, [&](auto kind) { activate_run<decltype(kind)::value>(z, n, y); });
+  around = around && n % kLanes == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(Vec) == 0;
+  float* const to = around ? z : y;
+  with_activation(e.activation, [&](auto kind) { activate_run<decltype(kind)::value>(z, n, to); });
+  for (int j = 0; around && j < n; j += kLanes) store_around(y + j, load(z + j));
   if (e.y_type != Float::fp32) store_floats(z, n, e.y_type, e.y, begin);
 }
 

@@ -226,6 +226,7 @@ bool with_few_rows(const ProductArgs& p, const Body& body) {
 }  // namespace
 
 void product(const ProductArgs& p) {
+  const bool around = goes_around(p.epilogue, p.M * p.N);
   const auto finish_rows = [&](int64_t m, int64_t rows, int64_t n, int cols, float* sums,
                                int64_t stride) {
     float bias[kBlockN];
@@ -233,8 +234,9 @@ void product(const ProductArgs& p) {
     for (int64_t r = 0; r < rows; ++r) {
       float* z = sums + r * stride;
       for (int j = 0; j < cols; ++j) z[j] += bias[j];
-      finish_run(z, cols, p.epilogue, (m + r) * p.N + n);
+      finish_run(z, cols, p.epilogue, (m + r) * p.N + n, around);
     }
+    if (around) _mm_sfence();
   };
   const bool is_done = with_few_rows(p, [&](const auto& dots) {
     multiply_few_rows(dots, p.N, p.threads, [&](int64_t n, int cols, ChunkSums& sums) {

@@ -188,13 +188,13 @@ struct Scaling {
 
   // offset(i): what is taken off sum i
   template <class Offset>
-  void finish(int64_t m, float* z, const Offset& offset) const {
+  void finish(int64_t m, float* z, const Offset& offset, bool around = false) const {
     const float row_scale = p.row_scale[m * p.row_scale_stride];
     for (int i = 0; i < cols; ++i) {
       const int32_t sum = static_cast<int32_t>(float_bits(z[i]) - offset(i));
       z[i] = (static_cast<float>(sum) * row_scale) * col_scale[i] + bias[i];
     }
-    finish_run(z, cols, p.epilogue, m * p.N + n);
+    finish_run(z, cols, p.epilogue, m * p.N + n, around);
   }
 
   const ScaledMmArgs& p;
@@ -220,14 +220,16 @@ void scaled_mm(const ScaledMmArgs& p) {
         });
   }
 #endif
+  const bool around = goes_around(p.epilogue, p.M * p.N);
   multiply<Int8Math>(
       a, b, p.M, p.N, p.K, p.threads,
       [&](int64_t m, int rows, int64_t n, int cols, float* sums, const uint32_t* offsets) {
         const Scaling scaling(p, n, cols);
         for (int r = 0; r < rows; ++r) {
           const uint32_t offset = Int8Math::kHasOffsets ? offsets[r] : 0;
-          scaling.finish(m + r, sums + r * kBlockN, [&](int) { return offset; });
+          scaling.finish(m + r, sums + r * kBlockN, [&](int) { return offset; }, around);
         }
+        if (around) _mm_sfence();
       });
 }
 

@@ -14,6 +14,7 @@ using Vec = __m512;
 constexpr int kLanes = 16;
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+static inline void store_around(float* p, Vec v) { _mm512_stream_ps(p, v); }
 static inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 static inline Vec zero() { return _mm512_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -26,6 +27,7 @@ using Vec = __m256;
 constexpr int kLanes = 8;
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline void store_around(float* p, Vec v) { _mm256_stream_ps(p, v); }
 static inline Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 static inline Vec zero() { return _mm256_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -38,6 +40,7 @@ using Vec = __m128;
 constexpr int kLanes = 4;
 static inline Vec load(const float* p) { return _mm_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm_storeu_ps(p, v); }
+static inline void store_around(float* p, Vec v) { _mm_stream_ps(p, v); }
 static inline Vec broadcast(const float* p) { return _mm_load1_ps(p); }
 static inline Vec zero() { return _mm_setzero_ps(); }
 static inline Vec add(Vec a, Vec b) { return _mm_add_ps(a, b); }
