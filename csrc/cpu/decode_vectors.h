@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/floats.h"
+#include "cpu/vector.h"
 
 namespace lowp {
 namespace LOWP_ISA {
@@ -38,12 +39,10 @@ static inline Halves16 to_bf16(Values v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
 }
 
-static inline void put(float* y, Values v) { _mm512_storeu_ps(y, v); }
-static inline void put(uint16_t* y, Halves16 v) {
+static inline void store(uint16_t* y, Halves16 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), v);
 }
-static inline void put_around(float* y, Values v) { _mm512_stream_ps(y, v); }
-static inline void put_around(uint16_t* y, Halves16 v) {
+static inline void store_around(uint16_t* y, Halves16 v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(y), v);
 }
 
@@ -77,12 +76,10 @@ static inline Halves16 to_bf16(Values v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-static inline void put(float* y, Values v) { _mm256_storeu_ps(y, v); }
-static inline void put(uint16_t* y, Halves16 v) {
+static inline void store(uint16_t* y, Halves16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), v);
 }
-static inline void put_around(float* y, Values v) { _mm256_stream_ps(y, v); }
-static inline void put_around(uint16_t* y, Halves16 v) {
+static inline void store_around(uint16_t* y, Halves16 v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(y), v);
 }
 
@@ -111,9 +108,9 @@ static inline void decode_vectors(const int8_t* codes, const float* scale, int64
                                   bool around) {
   for (int64_t i = 0; i < n; i += kDecoded) {
     if (around) {
-      put_around(y + i, decoded<kType, kStride>(codes, scale, i));
+      store_around(y + i, decoded<kType, kStride>(codes, scale, i));
     } else {
-      put(y + i, decoded<kType, kStride>(codes, scale, i));
+      store(y + i, decoded<kType, kStride>(codes, scale, i));
     }
   }
 }
